@@ -1,0 +1,357 @@
+"""Content-addressed stage outputs: what made them, whether they are whole, and why they were made again.
+
+An artifact is a directory. It is written aside, `manifest.json` last, and renamed into place, so that it is either absent
+or complete. Its key is a hash of everything that decides its content: the configuration section, the digests of its
+parents, fingerprints of outside inputs, and the source of the code that makes it.
+"""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from flows.config import to_plain
+
+MANIFEST = "manifest.json"
+RECORDS_DIR = "logs"
+"""Files below this directory of an artifact are checked but do not count towards its digest: logs hold times."""
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+OWN_PACKAGES = ("flows", "kernels")
+RECORDED_LIBRARIES = (
+    "torch",
+    "deepspeed",
+    "tokenizers",
+    "onnxruntime",
+    "onnx",
+    "tritonclient",
+    "prefect",
+    "hydra-core",
+)
+
+
+class ArtifactError(RuntimeError):
+    """An artifact is missing, damaged, or could not be made."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete, verified stage output."""
+
+    stage: str
+    key: str
+    digest: str
+    """sha256 over the names and digests of its files; equal content has an equal digest, however it was made."""
+    path: Path
+    metrics: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    seconds: float = 0.0
+    """Time that making it took."""
+
+
+class StageModule(Protocol):
+    """What a module offers to be a stage of the chain."""
+
+    def build(self, directory: Path, config: Any, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
+        """Writes the artifact's files into `directory`; returns its metrics (JSON values).
+
+        A module that sets `RESUMABLE = True` finds in `directory` what an interrupted run left there. One that defines
+        `fingerprint(config) -> str` names the state of inputs from outside the store. One that defines
+        `is_current(artifact) -> bool` says whether an outside effect that the artifact records still stands.
+        """
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the chain: a module of ours, its section of the configuration, its inputs.
+
+    The module is imported only when the stage has to run, so that a rerun that skips everything stays fast.
+    """
+
+    name: str
+    module: str
+    config: Any
+    parents: Mapping[str, Artifact] = field(default_factory=dict)
+
+    @property
+    def ingredients(self) -> dict[str, Any]:
+        """Everything that decides the content, as JSON values."""
+        return {
+            "config": to_plain(self.config),
+            "parents": {role: artifact.digest for role, artifact in self.parents.items()},
+            "inputs": self._outside_fingerprint(),
+            "code": source_digests(self.module),
+        }
+
+    def _outside_fingerprint(self) -> str | None:
+        if "fingerprint" not in defined_names(self.module):
+            return None
+        return cast(str, importlib.import_module(self.module).fingerprint(self.config))
+
+
+def digest_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Hex sha256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Writes aside, flushes to disk, renames into place: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with aside.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+@cache
+def _parse(module: str) -> ast.Module:
+    return ast.parse(_source_path(module).read_text())
+
+
+def _source_path(module: str) -> Path:
+    base = PROJECT_ROOT.joinpath(*module.split("."))
+    return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+
+def defined_names(module: str) -> set[str]:
+    """Names that a module of ours defines at its top level, read without importing it."""
+    names = {node.name for node in _parse(module).body if isinstance(node, ast.FunctionDef)}
+    for node in _parse(module).body:
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def imported_modules(module: str) -> set[str]:
+    """Modules of ours that `module` imports, anywhere in its source, read without importing it."""
+    found = set()
+    for node in ast.walk(_parse(module)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    own = {name for name in found if name.split(".")[0] in OWN_PACKAGES}
+    return {name for name in own if _source_path(name).exists()}
+
+
+@cache
+def source_digests(module: str) -> dict[str, str]:
+    """sha256 of the source of `module` and of all of ours that it imports, directly or not, by module name.
+
+    A stage whose ranks run another module names it in `RUNS = "flows.training.__main__"`, which counts like an import.
+    """
+    seen: set[str] = set()
+    waiting = {module}
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        waiting |= (imported_modules(name) | _modules_run(name)) - seen
+    return {name: digest_file(_source_path(name)) for name in sorted(seen)}
+
+
+def _modules_run(module: str) -> set[str]:
+    values = [
+        node.value.value
+        for node in _parse(module).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Constant)
+        and any(isinstance(target, ast.Name) and target.id == "RUNS" for target in node.targets)
+    ]
+    return {str(value) for value in values}
+
+
+class ArtifactStore:
+    """The artifacts below one directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def key(self, stage: Stage) -> str:
+        """Name under which the stage's output is kept."""
+        return f"{stage.name}-{digest_json(stage.ingredients)[:20]}"
+
+    def find(self, stage: Stage) -> tuple[Artifact | None, str]:
+        """The stage's finished output, every byte verified, and a sentence that says why it can or cannot be used."""
+        try:
+            artifact = load_artifact(self.root / self.key(stage))
+        except FileNotFoundError:
+            return None, "no artifact was made from these inputs yet"
+        except ArtifactError as error:
+            return None, f"its artifact is damaged: {error}"
+        if "is_current" in defined_names(stage.module) and not importlib.import_module(stage.module).is_current(
+            artifact
+        ):
+            return None, "what it had put in place outside the store is gone or changed"
+        return artifact, "its artifact exists and verifies"
+
+    def make(self, stage: Stage) -> Artifact:
+        """The stage's output: found if it is whole, made otherwise.
+
+        Raises:
+            ArtifactError: The code changed while it ran.
+        """
+        key = self.key(stage)
+        with self._lock(key):  # another flow may be making the same thing
+            found, _ = self.find(stage)
+            if found is not None:
+                return found
+            module = cast(StageModule, importlib.import_module(stage.module))
+            aside = self.root / f"{key}.partial"
+            if aside.exists() and not getattr(module, "RESUMABLE", False):
+                shutil.rmtree(aside)
+            aside.mkdir(parents=True, exist_ok=True)
+            started = time.monotonic()
+            metrics = module.build(aside, stage.config, stage.parents)
+            _seal(aside, stage, key, metrics, time.monotonic() - started)
+            final = self.root / key
+            if final.exists():  # damaged, or no longer current
+                shutil.rmtree(final)
+            aside.rename(final)
+            return load_artifact(final)
+
+    @contextmanager
+    def _lock(self, key: str) -> Iterator[None]:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / f".{key}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go when this process ends, however it ends
+            yield
+
+
+def _seal(directory: Path, stage: Stage, key: str, metrics: Mapping[str, Any], seconds: float) -> None:
+    (directory / MANIFEST).unlink(missing_ok=True)
+    files = _digest_files(directory)
+    write_json_atomically(
+        directory / MANIFEST,
+        {
+            "stage": stage.name,
+            "key": key,
+            "digest": _content_digest(files),
+            "files": files,
+            "ingredients": stage.ingredients,
+            "parents": {role: {"key": parent.key, "digest": parent.digest} for role, parent in stage.parents.items()},
+            "metrics": metrics,
+            "seconds": round(seconds, 3),
+            "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": library_versions(),
+        },
+    )
+
+
+def _digest_files(directory: Path) -> dict[str, str]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
+        digests = list(pool.map(digest_file, paths))
+    return {path.relative_to(directory).as_posix(): digest for path, digest in zip(paths, digests, strict=True)}
+
+
+def _content_digest(files: Mapping[str, str]) -> str:
+    return digest_json({name: digest for name, digest in files.items() if not name.startswith(f"{RECORDS_DIR}/")})
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a finished artifact.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ArtifactError: It is not readable as JSON.
+    """
+    try:
+        return cast(dict[str, Any], json.loads((directory / MANIFEST).read_text()))
+    except ValueError as error:
+        raise ArtifactError(f"{MANIFEST} is not JSON: {error}") from error
+
+
+def load_artifact(directory: Path) -> Artifact:
+    """The artifact in `directory`, every byte of it compared with its manifest.
+
+    Raises:
+        FileNotFoundError: There is no finished artifact.
+        ArtifactError: A file is missing, extra or changed; the message names it.
+    """
+    manifest = read_manifest(directory)
+    expected = manifest["files"]
+    actual = _digest_files(directory)
+    actual.pop(MANIFEST)
+    for name in sorted(expected.keys() | actual.keys()):
+        if name not in actual:
+            raise ArtifactError(f"{name} is missing")
+        if name not in expected:
+            raise ArtifactError(f"{name} does not belong to it")
+        if actual[name] != expected[name]:
+            raise ArtifactError(f"{name} has sha256 {actual[name][:12]}, not {expected[name][:12]} as when it was made")
+    return Artifact(
+        stage=manifest["stage"],
+        key=manifest["key"],
+        digest=manifest["digest"],
+        path=directory,
+        metrics=manifest["metrics"],
+        seconds=manifest["seconds"],
+    )
+
+
+def explain_change(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> str:
+    """Says which ingredients of a stage differ from those of an earlier run.
+
+    Args:
+        before: `Stage.ingredients` then; None if the stage never ran under this run name.
+        after: `Stage.ingredients` now.
+    """
+    if before is None:
+        return "first run under this name"
+    changes = [_describe(path, old, new) for path, old, new in _differences("", before, after)]
+    return "; ".join(changes) if changes else "nothing that decides its content changed"
+
+
+def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(f"{path}/{key}", old.get(key), new.get(key))
+    elif old != new:
+        yield path, old, new
+
+
+def _describe(path: str, old: Any, new: Any) -> str:
+    _, kind, *names = path.split("/")
+    match kind:
+        case "config":
+            return f"{'.'.join(names)} changed from {old} to {new}"
+        case "parents":
+            return f"its input {names[0]} changed"
+        case "code":
+            return f"code changed in {names[0]}"
+        case _:
+            return "files it reads from outside changed"
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide results."""
+    versions = {"python": platform.python_version()}
+    for library in RECORDED_LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = "not installed"
+    return versions

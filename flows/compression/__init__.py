@@ -1,0 +1,1 @@
+"""Models made smaller: stored small and run small."""

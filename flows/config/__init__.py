@@ -1,0 +1,155 @@
+"""The typed configuration: composed once by `flows.compose`, frozen, handed to library code and to ranks as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from flows.config.checks import ConfigError, require
+from flows.config.compression import EvaluateConfig, QuantizeConfig
+from flows.config.data import DataConfig
+from flows.config.model import ModelConfig
+from flows.config.serving import AUTO_CANDIDATE, ExportConfig, PublishConfig, ServeConfig, VerifyConfig
+from flows.config.training import (
+    DistillConfig,
+    EngineConfig,
+    LauncherConfig,
+    Objective,
+    TrackingConfig,
+    TrainConfig,
+    TrainingRun,
+)
+
+__all__ = ["Config", "ConfigError", "from_json", "to_json", "to_plain"]
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run of the chain."""
+
+    name: str = "millrace"
+    """Name of the run; a rerun under the same name is explained against the run before."""
+    seed: int = 0
+    """Seed of initial weights, sample order and fresh verification inputs."""
+    artifacts_dir: Path = Path("artifacts")
+    """Where artifacts, run records and reports are kept."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.name) and "/" not in self.name and not self.name.startswith("."),
+            "name",
+            self.name,
+            "must be usable as a directory name",
+            "Set name=my_run.",
+        )
+        for source in self.quantize.sources if self.quantize.enabled else ():
+            require(
+                source in self.trained_candidates,
+                "quantize.sources",
+                list(self.quantize.sources),
+                f"names {source!r}, which this run does not train; it trains {self.trained_candidates}",
+                "Set quantize.sources=[base].",
+            )
+        require(
+            self.publish.candidate in (AUTO_CANDIDATE, *self.candidates),
+            "publish.candidate",
+            self.publish.candidate,
+            f"is not a candidate of this run, which makes {self.candidates}",
+            f"Set publish.candidate={AUTO_CANDIDATE}, or one of them.",
+        )
+        for length in self.verify.lengths:
+            require(
+                length <= self.data.sequence_length,
+                "verify.lengths",
+                list(self.verify.lengths),
+                f"must not exceed data.sequence_length={self.data.sequence_length}",
+                "Set shorter verify.lengths.",
+            )
+        require(
+            self.evaluate.latency_tokens <= self.data.sequence_length,
+            "evaluate.latency_tokens",
+            self.evaluate.latency_tokens,
+            f"must not exceed data.sequence_length={self.data.sequence_length}",
+            f"Set evaluate.latency_tokens={self.data.sequence_length}.",
+        )
+        self.base_run()
+        self.student_run()
+
+    @property
+    def trained_candidates(self) -> list[str]:
+        """Names of the models that are trained."""
+        return ["base", "student"] if self.distill.enabled else ["base"]
+
+    @property
+    def candidates(self) -> list[str]:
+        """Names of all models that the run makes, in the order in which it makes them."""
+        quantized = [f"{source}_int8" for source in self.quantize.sources] if self.quantize.enabled else []
+        return self.trained_candidates + quantized
+
+    def base_run(self) -> TrainingRun:
+        """Training of the base model, which is the student's teacher."""
+        return self._training_run(Objective.cross_entropy, self.model, self.train)
+
+    def student_run(self) -> TrainingRun:
+        """Distillation of the student."""
+        return self._training_run(
+            Objective.distillation,
+            self.distill.student,
+            self.distill.train,
+            self.distill.temperature,
+            self.distill.alpha,
+        )
+
+    def _training_run(
+        self, objective: Objective, model: ModelConfig, train: TrainConfig, temperature: float = 1.0, alpha: float = 1.0
+    ) -> TrainingRun:
+        return TrainingRun(
+            objective=objective,
+            model=model,
+            train=train,
+            engine=self.engine,
+            launcher=self.launcher,
+            tracking=self.tracking,
+            sequence_length=self.data.sequence_length,
+            seed=self.seed,
+            temperature=temperature,
+            alpha=alpha,
+        )
+
+
+def to_plain(section: Any) -> Any:
+    """The section as JSON-ready values (dict, list, str, number, None)."""
+    return TypeAdapter(type(section)).dump_python(section, mode="json")
+
+
+def to_json(section: Any) -> str:
+    """The section as indented JSON, keys in the order of the schema."""
+    return json.dumps(to_plain(section), indent=2) + "\n"
+
+
+def from_json(section_type: type[Section], text: str) -> Section:
+    """The section that `to_json` wrote; every check runs again.
+
+    Raises:
+        pydantic.ValidationError: A field is missing, unknown or of the wrong type.
+    """
+    return TypeAdapter(section_type).validate_json(text)

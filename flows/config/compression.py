@@ -1,0 +1,67 @@
+"""How models are made smaller, how every candidate is measured, and what it has to reach to be published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flows.config.checks import require, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """INT8 weights per output channel, INT8 activations per token, INT32 sums."""
+
+    enabled: bool = True
+    sources: tuple[str, ...] = ("base", "student")
+    """Candidates to quantize."""
+    skip_modules: tuple[str, ...] = ()
+    """Glob patterns of module names that stay in floating point, e.g. `*.down_proj`."""
+    min_sqnr_db: float = 25.0
+    """A layer whose weights keep a lower signal-to-quantization-noise ratio stays in floating point; the report names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatesConfig:
+    """What a candidate has to reach; each ratio is against the candidate it was made from, or `base`."""
+
+    beat_unigram: bool = True
+    """Bits per byte must be below those of a unigram model of the same tokens."""
+    max_loss_ratio: float = 1.35
+    """Test loss over the base model's."""
+    max_quantized_loss_ratio: float = 1.01
+    """Test loss of a quantized candidate over its source's."""
+    max_quantized_bytes_ratio: float = 0.3
+    """Bytes of a quantized candidate's program over its source's."""
+    max_compressed_latency_ratio: float = 1.0
+    """p50 latency of a student or quantized candidate over its source's: a "compressed" model that is slower is rejected."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "evaluate.gates",
+            self,
+            ["max_loss_ratio", "max_quantized_loss_ratio", "max_quantized_bytes_ratio", "max_compressed_latency_ratio"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How every candidate is measured, alike."""
+
+    max_tokens: int = 131_072
+    """Test tokens read for loss and bits per byte."""
+    latency_batch_size: int = 1
+    latency_tokens: int = 128
+    """Length of the timed request."""
+    latency_requests: int = 200
+    """Timed requests, after a tenth as many for warm-up; candidates take turns so that a busy machine is fair to all."""
+    gates: GatesConfig = field(default_factory=GatesConfig)
+
+    def __post_init__(self) -> None:
+        require_positive("evaluate", self, ["max_tokens", "latency_batch_size", "latency_tokens"])
+        require(
+            self.latency_requests >= 20,
+            "evaluate.latency_requests",
+            self.latency_requests,
+            "must be 20 or more for a p95 to mean anything",
+            "Set evaluate.latency_requests=200.",
+        )

@@ -1,0 +1,251 @@
+"""How a model is trained: steps, optimizer, schedule, engine, ranks, objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from flows.config.checks import require, require_fraction, require_positive
+from flows.config.model import ModelConfig
+
+
+class Optimizer(StrEnum):
+    """Update rules, all from torch.optim, so that no compiler is needed."""
+
+    adamw = "adamw"
+    adam = "adam"
+    sgd = "sgd"
+    rmsprop = "rmsprop"
+
+
+class Schedule(StrEnum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Precision(StrEnum):
+    """Number format of weights, activations and gradients; bf16 keeps fp32 master weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Device(StrEnum):
+    """Where ranks run; `auto` takes CUDA where there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Update rule and its constants."""
+
+    name: Optimizer = Optimizer.adamw
+    learning_rate: float = 3e-3
+    """Peak, reached after warm-up."""
+    weight_decay: float = 0.1
+    """Applied to matrices only; norms are left alone."""
+    beta1: float = 0.9
+    """First moment of AdamW and Adam."""
+    beta2: float = 0.95
+    """Second moment of AdamW and Adam; smoothing constant of RMSprop."""
+    eps: float = 1e-8
+    momentum: float = 0.9
+    """For SGD."""
+
+    def __post_init__(self) -> None:
+        require_positive("train.optimizer", self, ["learning_rate", "eps"])
+        require_fraction("train.optimizer", self, ["beta1", "beta2", "momentum"])
+        require(
+            self.weight_decay >= 0,
+            "train.optimizer.weight_decay",
+            self.weight_decay,
+            "must not be negative",
+            "Set it to 0 to turn it off.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    max_steps: int = 300
+    """Optimizer updates."""
+    global_batch_size: int = 16
+    """Sequences per optimizer update, over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences per rank in one forward-backward."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: Schedule = Schedule.cosine
+    warmup_steps: int = 20
+    """Steps in which the learning rate rises linearly to its peak."""
+    min_learning_rate_ratio: float = 0.1
+    """Last learning rate as a share of the peak, for cosine and linear."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    eval_interval_steps: int = 100
+    """Validation loss is measured each time this many steps are done, and after the last."""
+    eval_tokens: int = 65_536
+    """Validation tokens read at each evaluation; the same ones each time."""
+    early_stopping_evals: int = 0
+    """Stops when the validation loss has not improved for this many evaluations; 0 = never."""
+    checkpoint_interval_steps: int = 100
+    """A resumable checkpoint is written each time this many steps are done."""
+    keep_checkpoints: int = 2
+    """Newest resumable checkpoints kept while training, so that a damaged one is not the end."""
+    log_interval_steps: int = 10
+    """Loss, learning rate, gradient norm and tokens per second are logged this often."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "train", self, ["max_steps", "global_batch_size", "micro_batch_size", "eval_interval_steps", "eval_tokens"]
+        )
+        require_positive("train", self, ["checkpoint_interval_steps", "keep_checkpoints", "log_interval_steps"])
+        require_fraction("train", self, ["min_learning_rate_ratio"])
+        require(
+            self.warmup_steps >= 0,
+            "train.warmup_steps",
+            self.warmup_steps,
+            "must not be negative",
+            "Set it to 0 for no warm-up.",
+        )
+        require(
+            self.early_stopping_evals >= 0,
+            "train.early_stopping_evals",
+            self.early_stopping_evals,
+            "must not be negative",
+            "Set it to 0 to never stop early.",
+        )
+        require(
+            self.gradient_clipping >= 0,
+            "train.gradient_clipping",
+            self.gradient_clipping,
+            "must not be negative",
+            "Set it to 0 for no clipping.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How DeepSpeed runs the model."""
+
+    device: Device = Device.auto
+    precision: Precision = Precision.fp32
+    zero_stage: int = 1
+    """What ranks share: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too (ZeRO, arXiv:1910.02054)."""
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    """Raw DeepSpeed configuration keys, passed through; one that contradicts ours is an error."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.zero_stage <= 3,
+            "engine.zero_stage",
+            self.zero_stage,
+            "must be 0, 1, 2 or 3",
+            "Set engine.zero_stage=1.",
+        )
+        require(
+            not (self.precision == Precision.bf16 and self.zero_stage == 0),
+            "engine.precision",
+            self.precision,
+            "cannot be combined with engine.zero_stage=0: DeepSpeed 0.19 takes a phantom optimizer step there",
+            "Set engine.zero_stage=1, which costs nothing on one rank.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LauncherConfig:
+    """The processes that train."""
+
+    num_ranks: int = 1
+    """Processes on this machine; with CUDA, one per GPU."""
+    threads_per_rank: int = 0
+    """CPU threads of each rank; 0 = the machine's cores shared out evenly."""
+    stall_timeout_s: int = 600
+    """Seconds without a sign of life from a rank after which the run is ended as hung."""
+
+    def __post_init__(self) -> None:
+        require_positive("launcher", self, ["num_ranks", "stall_timeout_s"])
+        require(
+            self.threads_per_rank >= 0,
+            "launcher.threads_per_rank",
+            self.threads_per_rank,
+            "must not be negative",
+            "Set it to 0 for an even share of the cores.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where training metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Writes TensorBoard event files beside metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A smaller student learns from the trained model's logits (arXiv:1503.02531)."""
+
+    enabled: bool = True
+    student: ModelConfig = field(
+        default_factory=lambda: ModelConfig(
+            hidden_size=128, intermediate_size=344, num_attention_heads=4, num_key_value_heads=2
+        )
+    )
+    train: TrainConfig = field(default_factory=TrainConfig)
+    temperature: float = 2.0
+    """Softens both distributions; the loss is scaled by its square so that gradients keep their size."""
+    alpha: float = 0.5
+    """Weight of the distillation term; 1 - alpha is left to cross-entropy on the data."""
+
+    def __post_init__(self) -> None:
+        require_positive("distill", self, ["temperature"])
+        require_fraction("distill", self, ["alpha"])
+
+
+class Objective(StrEnum):
+    """Loss that a training run minimizes."""
+
+    cross_entropy = "cross_entropy"
+    distillation = "distillation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """All that a training stage depends on besides its data: what the ranks read from run.json."""
+
+    objective: Objective
+    model: ModelConfig
+    train: TrainConfig
+    engine: EngineConfig
+    launcher: LauncherConfig
+    tracking: TrackingConfig
+    sequence_length: int
+    seed: int
+    temperature: float = 1.0
+    """Read by distillation only."""
+    alpha: float = 1.0
+    """Read by distillation only."""
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro steps per optimizer update on each rank."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.launcher.num_ranks)
+
+    def __post_init__(self) -> None:
+        per_micro_step = self.train.micro_batch_size * self.launcher.num_ranks
+        require(
+            self.train.global_batch_size % per_micro_step == 0,
+            "train.global_batch_size",
+            self.train.global_batch_size,
+            f"must be a multiple of train.micro_batch_size={self.train.micro_batch_size} x launcher.num_ranks={self.launcher.num_ranks} = {per_micro_step}",
+            f"Set train.global_batch_size={per_micro_step * max(1, round(self.train.global_batch_size / per_micro_step))}.",
+        )

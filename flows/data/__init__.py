@@ -1,0 +1,1 @@
+"""Raw text to packed token ids: corpus, tokenizer, encoded shards, sample order."""

@@ -1,0 +1,1 @@
+"""Every candidate measured alike, and the gates between a candidate and its publication."""

@@ -1,0 +1,1 @@
+"""One DeepSpeed training loop for every objective."""

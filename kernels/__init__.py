@@ -1,0 +1,1 @@
+"""Triton-language kernels with plain-torch references; imports torch and triton only."""
