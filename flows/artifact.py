@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from flows.config import to_plain
+from flows.config import RunError, to_plain
 
 MANIFEST = "manifest.json"
 RECORDS_DIR = "logs"
@@ -44,7 +44,7 @@ RECORDED_LIBRARIES = (
 )
 
 
-class ArtifactError(RuntimeError):
+class ArtifactError(RunError):
     """An artifact is missing, damaged, or could not be made."""
 
 
@@ -311,17 +311,14 @@ def load_artifact(directory: Path) -> Artifact:
     )
 
 
-def explain_change(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> str:
-    """Says which ingredients of a stage differ from those of an earlier run.
+def explain_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Says which ingredients of a stage differ from those of an earlier run; empty if none does.
 
     Args:
-        before: `Stage.ingredients` then; None if the stage never ran under this run name.
+        before: `Stage.ingredients` then.
         after: `Stage.ingredients` now.
     """
-    if before is None:
-        return "first run under this name"
-    changes = [_describe(path, old, new) for path, old, new in _differences("", before, after)]
-    return "; ".join(changes) if changes else "nothing that decides its content changed"
+    return "; ".join(_describe(path, old, new) for path, old, new in _differences("", before, after))
 
 
 def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from flows.config.checks import ConfigError, require
-from flows.config.compression import EvaluateConfig, QuantizeConfig
+from flows.config.checks import ConfigError, RunError, require
+from flows.config.compression import EvaluateConfig, GatingConfig, QualityConfig, QuantizeConfig
 from flows.config.data import DataConfig
 from flows.config.model import ModelConfig
 from flows.config.serving import AUTO_CANDIDATE, ExportConfig, PublishConfig, ServeConfig, VerifyConfig
@@ -24,7 +24,7 @@ from flows.config.training import (
     TrainingRun,
 )
 
-__all__ = ["Config", "ConfigError", "from_json", "to_json", "to_plain"]
+__all__ = ["Config", "ConfigError", "RunError", "from_json", "to_json", "to_plain"]
 
 Section = TypeVar("Section")
 
@@ -85,11 +85,11 @@ class Config:
                 "Set shorter verify.lengths.",
             )
         require(
-            self.evaluate.latency_tokens <= self.data.sequence_length,
-            "evaluate.latency_tokens",
-            self.evaluate.latency_tokens,
+            self.evaluate.latency.tokens <= self.data.sequence_length,
+            "evaluate.latency.tokens",
+            self.evaluate.latency.tokens,
             f"must not exceed data.sequence_length={self.data.sequence_length}",
-            f"Set evaluate.latency_tokens={self.data.sequence_length}.",
+            f"Set evaluate.latency.tokens={self.data.sequence_length}.",
         )
         self.base_run()
         self.student_run()
@@ -118,6 +118,14 @@ class Config:
             self.distill.temperature,
             self.distill.alpha,
         )
+
+    def quality(self) -> QualityConfig:
+        """Measurement of each candidate on the test split."""
+        return QualityConfig(max_tokens=self.evaluate.max_tokens, sequence_length=self.data.sequence_length)
+
+    def gating(self) -> GatingConfig:
+        """Choice among the candidates."""
+        return GatingConfig(gates=self.evaluate.gates, candidate=self.publish.candidate)
 
     def _training_run(
         self, objective: Objective, model: ModelConfig, train: TrainConfig, temperature: float = 1.0, alpha: float = 1.0

@@ -1,4 +1,4 @@
-"""The one way in which a configuration is refused: field and value, the rule with its numbers, the remedy."""
+"""How users are told what is wrong: field and value, the rule with its numbers, the remedy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Sequence
 
 class ConfigError(ValueError):
     """A mistake in the configuration, worded for its user; command lines print it without a traceback."""
+
+
+class RunError(RuntimeError):
+    """A fault of a run, worded for its user; command lines print it without a traceback."""
 
 
 def require(holds: bool, field: str, value: object, rule: str, remedy: str) -> None:

@@ -17,7 +17,7 @@ class QuantizeConfig:
     skip_modules: tuple[str, ...] = ()
     """Glob patterns of module names that stay in floating point, e.g. `*.down_proj`."""
     min_sqnr_db: float = 25.0
-    """A layer whose weights keep a lower signal-to-quantization-noise ratio stays in floating point; the report names it."""
+    """A layer whose weights keep a lower signal-to-quantization-noise ratio stays in floating point and is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class GatesConfig:
     max_quantized_bytes_ratio: float = 0.3
     """Bytes of a quantized candidate's program over its source's."""
     max_compressed_latency_ratio: float = 1.0
-    """p50 latency of a student or quantized candidate over its source's: a "compressed" model that is slower is rejected."""
+    """p50 latency of a student or quantized candidate over its source's: one that is slower is not compressed."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -44,24 +44,62 @@ class GatesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatencyConfig:
+    """How long programs take, in this process; candidates take turns so that a busy machine is fair to all."""
+
+    batch_size: int = 1
+    """Rows of a timed request."""
+    throughput_batch_size: int = 8
+    """Rows of a request where throughput counts; so many fewer requests that as many rows are timed."""
+    tokens: int = 128
+    """Length of a timed request."""
+    requests: int = 200
+    """Timed requests per candidate, after a tenth as many for warm-up."""
+
+    def __post_init__(self) -> None:
+        require_positive("evaluate.latency", self, ["batch_size", "tokens"])
+        require(
+            self.requests >= 20,
+            "evaluate.latency.requests",
+            self.requests,
+            "must be 20 or more for a p95 to mean anything",
+            "Set evaluate.latency.requests=200.",
+        )
+        require(
+            self.throughput_batch_size >= self.batch_size,
+            "evaluate.latency.throughput_batch_size",
+            self.throughput_batch_size,
+            f"must not be smaller than evaluate.latency.batch_size={self.batch_size}",
+            f"Set evaluate.latency.throughput_batch_size={8 * self.batch_size}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """How every candidate is measured, alike."""
 
     max_tokens: int = 131_072
     """Test tokens read for loss and bits per byte."""
-    latency_batch_size: int = 1
-    latency_tokens: int = 128
-    """Length of the timed request."""
-    latency_requests: int = 200
-    """Timed requests, after a tenth as many for warm-up; candidates take turns so that a busy machine is fair to all."""
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
     gates: GatesConfig = field(default_factory=GatesConfig)
 
     def __post_init__(self) -> None:
-        require_positive("evaluate", self, ["max_tokens", "latency_batch_size", "latency_tokens"])
-        require(
-            self.latency_requests >= 20,
-            "evaluate.latency_requests",
-            self.latency_requests,
-            "must be 20 or more for a p95 to mean anything",
-            "Set evaluate.latency_requests=200.",
-        )
+        require_positive("evaluate", self, ["max_tokens"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityConfig:
+    """What a candidate's loss on the test split depends on, besides the candidate."""
+
+    max_tokens: int
+    sequence_length: int
+    """Context, in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatingConfig:
+    """What the choice among the candidates depends on, besides their measurements."""
+
+    gates: GatesConfig
+    candidate: str
+    """Which one the user wants: `auto` or a name."""

@@ -31,7 +31,8 @@ class CorpusConfig:
     source: Source = Source.stdlib
     """`stdlib`: the source text of Python's standard library; `files`: `paths`; `huggingface`: `dataset`."""
     paths: tuple[str, ...] = ()
-    """Files, directories or globs (`**` allowed) for `source=files`; .jsonl and .parquet by suffix, all else is one text document per file."""
+    """Files, directories or globs (`**` allowed) for `source=files`; .jsonl and .parquet by suffix, all else is one text document per file.
+    Hidden files are read only if named."""
     text_field: str = "text"
     """Field that holds the text in .jsonl, .parquet and Hugging Face data."""
     dataset: str | None = None
@@ -46,13 +47,15 @@ class CorpusConfig:
     """Unicode normal form of the cleaned text."""
     min_document_bytes: int = 1
     """Shorter documents, after cleaning, are dropped and counted."""
+    max_document_bytes: int = 1_048_576
+    """A longer text file is cut at line ends into documents of at most this size, so that memory stays flat in file size."""
     validation_fraction: float = 0.03
     """Share of documents, chosen by a hash of their name, held out for validation."""
     test_fraction: float = 0.03
     """Share of documents held out for the final evaluation."""
 
     def __post_init__(self) -> None:
-        require_positive("data.corpus", self, ["min_document_bytes"])
+        require_positive("data.corpus", self, ["min_document_bytes", "max_document_bytes"])
         require_fraction("data.corpus", self, ["validation_fraction", "test_fraction"])
         held_out = self.validation_fraction + self.test_fraction
         require(

@@ -132,3 +132,36 @@ class ServeConfig:
             f"and the other ports must differ, not {ports}",
             "Set serve.grpc_port and serve.metrics_port to other numbers.",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntryConfig:
+    """What the model repository entry of one candidate depends on, besides its program."""
+
+    model_name: str
+    keep_versions: int
+    sequence_length: int
+    """Longest context, in tokens."""
+    export: ExportConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassportConfig:
+    """What the proof that the served model is the trained one depends on, besides the models."""
+
+    model_name: str
+    sequence_length: int
+    """Longest context, in tokens."""
+    seed: int
+    """Mixed with a fresh one, so that no two proofs use the same inputs."""
+    export: ExportConfig
+    verify: VerifyConfig
+
+    def __post_init__(self) -> None:
+        require(
+            self.verify.text_new_tokens <= self.export.max_new_tokens,
+            "verify.text_new_tokens",
+            self.verify.text_new_tokens,
+            f"must not exceed export.max_new_tokens={self.export.max_new_tokens}: the served model refuses more",
+            f"Set verify.text_new_tokens={self.export.max_new_tokens}.",
+        )

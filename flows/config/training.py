@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -140,7 +139,7 @@ class EngineConfig:
     precision: Precision = Precision.fp32
     zero_stage: int = 1
     """What ranks share: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too (ZeRO, arXiv:1910.02054)."""
-    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
     """Raw DeepSpeed configuration keys, passed through; one that contradicts ours is an error."""
 
     def __post_init__(self) -> None:

@@ -1,0 +1,127 @@
+"""Hydra configuration -> one typed, validated, frozen `Config`. The only file that knows Hydra and OmegaConf."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_omega_conf_dumper  # --cfg job writes paths through it
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from flows.config import Config, ConfigError, RunError
+from flows.config.reference import field_references, render_help
+
+CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
+EXIT_CONFIG_ERROR = 2
+EXIT_RUN_ERROR = 1
+
+
+def run_cli(verb: Callable[[Config], None], doc: str) -> None:
+    """Runs a verb from the command line: Hydra overrides in, exit code out.
+
+    Args:
+        verb: What to do with the configuration; called once per job of a `--multirun`.
+        doc: What `--help` says before the settings.
+    """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(render_help(doc, CONF_DIR))
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the exception instead of printing half of it
+    _register_schema()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
+    def job(composed: DictConfig) -> None:
+        with _spoken_errors():  # here too: Hydra prints its own lines about an exception that leaves the job
+            verb(_to_config(composed))
+
+    with _spoken_errors():
+        job()
+
+
+@contextmanager
+def _spoken_errors() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted; the same command carries on from here.")
+    except (HydraException, OmegaConfBaseException, ConfigError, RunError) as error:
+        print(f"error: {explain_error(error)}", file=sys.stderr)
+        sys.exit(EXIT_RUN_ERROR if isinstance(error, RunError) else EXIT_CONFIG_ERROR)
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """The configuration that the command line would make of these overrides; for deployments and tests.
+
+    Raises:
+        ConfigError: A key, a type, a value or a combination is wrong; the message names field, value, rule, remedy.
+    """
+    _register_schema()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+            return _to_config(hydra.compose("config", list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain_error(error)) from error
+
+
+def explain_error(error: BaseException) -> str:
+    """A sentence for the user: what was typed, what is wrong with it, what to type instead."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+        return f"{cause.full_key} is not a setting. {_nearest_settings(str(cause.full_key))}"
+    if cause is not None:
+        rule = str(cause.msg if cause.msg else cause).split("\n")[0]
+        return f"{cause.full_key or 'configuration'}: {rule}. See --help for its type and meaning."
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice} does not exist. Choose one of: {', '.join(error.options)}."
+    return str(error).strip()
+
+
+def _nearest_settings(name: str) -> str:
+    known = [reference.name for reference in field_references()]
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+        return f"Did you mean {close[0]}?"
+    section = name.rpartition(".")[0]
+    siblings = [other for other in known if other.rpartition(".")[0] == section]
+    return f"Settings there: {', '.join(siblings)}." if siblings else "See --help for all settings."
+
+
+def _to_config(composed: DictConfig) -> Config:
+    try:
+        return TypeAdapter(Config).validate_python(OmegaConf.to_container(composed, resolve=True))
+    except ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(refusal := first.get("ctx", {}).get("error"), ConfigError):
+            raise refusal from None
+        field = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{field}={first['input']}: {first['msg']}. See --help for its type and meaning.") from None
+
+
+def _register_schema() -> None:
+    get_omega_conf_dumper().add_multi_representer(Path, lambda dumper, path: dumper.represent_str(str(path)))
+    schema = OmegaConf.structured(Config)
+    _thaw(schema)
+    ConfigStore.instance().store("schema", schema)
+
+
+def _thaw(node: Any) -> None:
+    """Lets overrides through: OmegaConf makes nodes of frozen dataclasses read-only."""
+    OmegaConf.set_readonly(node, None)
+    for key in node if isinstance(node, DictConfig) else ():
+        child = node._get_node(key)
+        if OmegaConf.is_config(child):
+            _thaw(child)

@@ -1,0 +1,101 @@
+"""Every setting with its type, default and meaning, read from the schema itself; printed by `--help`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FieldReference:
+    """One setting."""
+
+    name: str
+    """Dotted, as typed on the command line."""
+    type: str
+    default: str
+    doc: str
+
+
+@cache
+def field_references() -> tuple[FieldReference, ...]:
+    """All settings of `Config`, in the order of the schema."""
+    from flows.config import Config  # the package imports this module's siblings first
+
+    return tuple(_walk(Config(), ""))
+
+
+def _walk(section: Any, prefix: str) -> Iterator[FieldReference]:
+    types = typing.get_type_hints(type(section))
+    docs = _docs_below_fields(type(section))
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        name = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _walk(value, f"{name}.")
+        else:
+            yield FieldReference(name, _type_name(types[field.name]), _value_text(value), docs.get(field.name, ""))
+
+
+def _docs_below_fields(section_type: type) -> dict[str, str]:
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(section_type))).body[0]).body
+    docs = {}
+    for node, following in zip(body, body[1:], strict=False):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[node.target.id] = inspect.cleandoc(str(following.value.value))
+    return docs
+
+
+def _type_name(hint: Any) -> str:
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "|".join(member.value for member in hint)
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("pathlib.", "")
+
+
+def _value_text(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def render_help(doc: str, conf_dir: Path) -> str:
+    """The text of `--help`: what the verb does, the groups to choose from, every setting.
+
+    Args:
+        doc: The verb's module docstring.
+        conf_dir: Directory of the configuration groups.
+    """
+    lines = [doc.strip(), "", "Groups: choose one file each, e.g. `data=files`; an experiment comes on top with `+`"]
+    for group in sorted(path for path in conf_dir.iterdir() if path.is_dir() and path.name != "deployment"):
+        mark = "+" if group.name == "experiment" else ""
+        lines.append(f"  {mark + group.name:<12} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}")
+    lines += [
+        "",
+        "Settings: type, default of the schema and meaning; `--cfg job` prints the values that a command would use",
+    ]
+    section = ""
+    for reference in field_references():
+        head = reference.name.rpartition(".")[0]
+        if head != section:
+            section = head
+            lines.append("")
+        lines.append(f"  {reference.name} ({reference.type}) = {reference.default}")
+        lines += textwrap.wrap(reference.doc, 106, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    lines += ["", "Also: --cfg job (print the configuration), --multirun (one run per combination, e.g. seed=0,1,2)"]
+    return "\n".join(lines)
