@@ -1,0 +1,35 @@
+"""What a rank is told: `run.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.config.training import TrainingRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """One training run and where its inputs and outputs are."""
+
+    run: TrainingRun
+    directory: Path
+    """The stage's artifact directory, still being made."""
+    tokens_dir: Path
+    tokenizer_dir: Path
+    teacher_dir: Path | None = None
+
+    @property
+    def log_dir(self) -> Path:
+        """Metrics, TensorBoard events and the ranks' logs."""
+        return self.directory / "logs"
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Resumable checkpoints, kept until the run is complete."""
+        return self.directory / "checkpoints"
+
+    @property
+    def best_dir(self) -> Path:
+        """Weights with the lowest validation loss so far."""
+        return self.checkpoint_dir / "best"

@@ -1,0 +1,67 @@
+"""Objectives are loss functions: the loop does not know which one it minimizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(logits [batch, length, vocab], input_ids [batch, length], targets [batch, length]) -> mean loss per token []."""
+
+
+def cross_entropy(logits_BLV: torch.Tensor, input_ids_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of the targets, in nats per token []."""
+    return F.cross_entropy(_at_least_float32(logits_BLV).flatten(0, 1), targets_BL.flatten())
+
+
+def distillation(teacher: nn.Module, temperature: float, alpha: float) -> Loss:
+    """A loss that mixes the teacher's softened distribution with the data (arXiv:1503.02531).
+
+    alpha x T^2 x KL(teacher / T || student / T) + (1 - alpha) x cross-entropy. The factor T^2 keeps the size of the
+    gradient independent of the temperature.
+
+    Args:
+        teacher: Frozen model with the student's vocabulary: input_ids [batch, length] -> logits [batch, length, vocab].
+        temperature: T; both sets of logits are divided by it.
+        alpha: Weight of the teacher, in [0, 1].
+    """
+    teacher.eval().requires_grad_(False)
+
+    def loss(logits_BLV: torch.Tensor, input_ids_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            teacher_BLV = teacher(input_ids_BL)
+        divergence = kl_divergence(logits_BLV, teacher_BLV, temperature)
+        return alpha * temperature**2 * divergence + (1 - alpha) * cross_entropy(logits_BLV, input_ids_BL, targets_BL)
+
+    return loss
+
+
+def kl_divergence(student_BLV: torch.Tensor, teacher_BLV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Mean KL(teacher || student) of the softened distributions, in nats per token []."""
+    student = F.log_softmax(_at_least_float32(student_BLV).flatten(0, 1) / temperature, -1)
+    teacher = F.log_softmax(_at_least_float32(teacher_BLV).flatten(0, 1) / temperature, -1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class LossModule(nn.Module):
+    """The model with its loss, as one module: the loss is computed inside the engine's forward, where ZeRO-3 has the
+    weights gathered.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss  # a closure, so that a teacher is neither trained, sharded nor saved
+
+    def forward(self, input_ids_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+        """Loss to minimize while training, cross-entropy while evaluating: mean over tokens []."""
+        logits_BLV = self.model(input_ids_BL)
+        loss = self._loss if self.training else cross_entropy
+        return loss(logits_BLV, input_ids_BL, targets_BL)

@@ -1,0 +1,90 @@
+"""Stages `base` and `student`: a training run in ranks of its own, resumable, as an artifact."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from flows.artifact import Artifact
+from flows.config import to_json
+from flows.config.training import TrainingRun
+from flows.launcher import launch_ranks
+from flows.training.job import TrainingJob
+from flows.training.metrics_log import METRICS, read_metrics
+
+RESUMABLE = True
+"""An interrupted run leaves its checkpoints in the directory."""
+RUNS = "flows.training.__main__"
+"""What the ranks run; part of the code that makes the artifact."""
+
+logger = logging.getLogger(__name__)
+
+
+def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Trains the model in `directory`: model.safetensors, config.json, tokenizer.json; logs beside them.
+
+    Args:
+        directory: Being made; checkpoints of an interrupted run in it are resumed from.
+        config: The run.
+        parents: `tokens`, `tokenizer`, and for distillation `teacher`.
+
+    Raises:
+        RankError: A rank failed, died or hung.
+    """
+    teacher = parents.get("teacher")
+    job = TrainingJob(
+        run=config,
+        directory=directory,
+        tokens_dir=parents["tokens"].path,
+        tokenizer_dir=parents["tokenizer"].path,
+        teacher_dir=teacher.path if teacher else None,
+    )
+    job.log_dir.mkdir(exist_ok=True)
+    for spoken in job.log_dir.glob("*.error"):
+        spoken.unlink()
+    run_path = job.log_dir / "run.json"
+    run_path.write_text(to_json(job))
+    with tqdm(total=config.train.max_steps, unit="step", desc=directory.name.partition("-")[0], disable=None) as bar:
+        launch_ranks(RUNS.removesuffix(".__main__"), run_path, config.launcher, job.log_dir, _progress(job, bar))
+    for path in job.best_dir.iterdir():
+        path.replace(directory / path.name)
+    shutil.copy(job.tokenizer_dir / "tokenizer.json", directory)
+    shutil.rmtree(job.checkpoint_dir)
+    for heartbeat in job.log_dir.glob("*.heartbeat"):
+        heartbeat.unlink()
+    summary: dict[str, Any] = json.loads((job.log_dir / "summary.json").read_text())
+    return summary | {"curve": list(read_metrics(job.log_dir / METRICS))}
+
+
+def _progress(job: TrainingJob, bar: tqdm[Any]) -> Callable[[], None]:
+    """Follows the leader's metrics.jsonl: draws the bar in a terminal, logs lines elsewhere."""
+    path = job.log_dir / METRICS
+    seen = path.stat().st_size if path.exists() else 0
+
+    def show() -> None:
+        nonlocal seen
+        if not path.exists() or path.stat().st_size == seen:
+            return
+        seen = path.stat().st_size
+        events = list(read_metrics(path))
+        training = [event for event in events if "train_loss" in event]
+        validation = [event["validation_loss"] for event in events if "validation_loss" in event]
+        if not training:
+            return
+        last = training[-1]
+        bar.update(last["step"] - bar.n)
+        shown = {"loss": f"{last['train_loss']:.3f}", "tokens/s": f"{last['tokens_per_s']:.0f}"}
+        if validation:
+            shown["validation"] = f"{validation[-1]:.3f}"
+        bar.set_postfix(shown)
+        logger.info(
+            "step %d of %d: %s", last["step"], job.run.train.max_steps, ", ".join(f"{k} {v}" for k, v in shown.items())
+        )
+
+    return show
