@@ -1,0 +1,69 @@
+# Shape letters are upper case; calling a module is untyped in torch:
+# mypy: disable-error-code="no-any-return"
+"""Causal self-attention with rotary positions; several query heads may share a key and value head.
+
+Shape letters: B batch, L length, D hidden size, H query heads, G key and value heads, K width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from flows.config.model import ModelConfig
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; groups of query heads share a key and value head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
+        """What each position gathers from those it may look at [B, L, D]; `None` allows all up to itself."""
+        split = (*x_BLD.shape[:2], -1, self.head_dim)
+        q_BHLK = rotate(self.q_proj(x_BLD).view(split).transpose(1, 2), rotation)
+        k_BGLK = rotate(self.k_proj(x_BLD).view(split).transpose(1, 2), rotation)
+        v_BGLK = self.v_proj(x_BLD).view(split).transpose(1, 2)
+        y_BHLK = scaled_dot_product_attention(
+            q_BHLK, k_BGLK, v_BGLK, allowed_B1LL, is_causal=allowed_B1LL is None, enable_gqa=self.grouped
+        )
+        return self.o_proj(y_BHLK.transpose(1, 2).flatten(2))
+
+
+def allowed_keys(attention_mask_BL: Tensor) -> Tensor:
+    """Which keys each query may look at, bool [B, 1, L, L]: real ones up to itself.
+
+    Every query may look at itself, padding too: a row with nothing to look at would be a softmax over nothing, NaN.
+    """
+    length = attention_mask_BL.shape[1]
+    order_L = torch.arange(length, device=attention_mask_BL.device)
+    causal_LL = order_L[:, None] >= order_L[None, :]
+    itself_LL = order_L[:, None] == order_L[None, :]
+    return ((attention_mask_BL[:, None, :] != 0) & causal_LL | itself_LL)[:, None]
+
+
+def rotary(positions_BL: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [B, 1, L, K] of each position's angles, Hugging Face's order: all first halves, then all second.
+
+    From positions, not from a table, so that no length is too long; in float32 whatever the model's dtype.
+    """
+    pair_K = torch.arange(0, head_dim, 2, device=positions_BL.device).float() / head_dim
+    angles_BLK = positions_BL[..., None].float() * (1.0 / theta**pair_K)
+    angles_B1LK = torch.cat((angles_BLK, angles_BLK), dim=-1)[:, None]
+    return angles_B1LK.cos().to(dtype), angles_B1LK.sin().to(dtype)
+
+
+def rotate(x_BHLK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Each pair (x[i], x[i + K/2]) turned by its position's angle (arXiv:2104.09864)."""
+    cos_B1LK, sin_B1LK = rotation
+    first, second = x_BHLK.chunk(2, dim=-1)
+    return x_BHLK * cos_B1LK + torch.cat((-second, first), dim=-1) * sin_B1LK

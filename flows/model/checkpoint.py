@@ -1,0 +1,224 @@
+# safetensors has few types:
+# mypy: disable-error-code="no-untyped-call"
+"""Decoders on disk as Hugging Face keeps them: config.json and model.safetensors, or shards with their index."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flows.artifact import write_json_atomically
+from flows.config import ConfigError
+from flows.config.model import Kernels, ModelConfig
+from flows.model.config_json import CONFIG, CheckpointError, hugging_face_config, read_config, read_json
+from flows.model.decoder import Decoder
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_RECOMPUTED = ".rotary_emb.inv_freq"
+"""End of names that old checkpoints hold and that follow from config.json."""
+_FREE_FIELDS = ("kernels", "initial_weights", "initializer_range")
+"""Fields of the model's configuration that may differ from those of its initial weights."""
+
+
+def save_decoder(
+    directory: Path,
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    vocab_size: int,
+    max_position_embeddings: int,
+    eos_token_id: int,
+) -> None:
+    """Writes a decoder so that `load_decoder` and transformers read it; each file appears whole, config.json last.
+
+    Args:
+        directory: Where to; made if missing.
+        state: Weights by Hugging Face name, all of one dtype; a tied `lm_head.weight` may be there or not.
+        config: Shape of the decoder.
+        vocab_size: Number of tokens.
+        max_position_embeddings: Longest sequence in training, in tokens.
+        eos_token_id: Token that ends a document.
+
+    Raises:
+        CheckpointError: A weight is missing, unknown, of another shape or dtype, or a tied head is not the embedding.
+    """
+    expected = _expected_shapes(config, vocab_size)
+    state = dict(state)
+    if config.tie_word_embeddings and _HEAD in state:
+        head = state.pop(_HEAD)
+        if _EMBEDDING in state and not torch.equal(head, state[_EMBEDDING]):
+            raise CheckpointError(_untied("memory"))
+    _check_names(expected, state.keys(), "memory")
+    for name, tensor in state.items():
+        _check_shape(name, tensor.shape, expected[name], "memory")
+    dtypes = {tensor.dtype for tensor in state.values()}
+    if len(dtypes) != 1:
+        raise CheckpointError(
+            f"the weights in memory have several dtypes: {sorted(map(str, dtypes))}. Convert them to one."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    aside = directory / f".{WEIGHTS}.{os.getpid()}.tmp"
+    save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, aside, metadata={"format": "pt"})
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(directory / WEIGHTS)
+    dtype = str(dtypes.pop()).removeprefix("torch.")
+    write_json_atomically(
+        directory / CONFIG, hugging_face_config(config, vocab_size, max_position_embeddings, eos_token_id, dtype)
+    )
+
+
+def load_decoder(directory: Path, kernels: Kernels = Kernels.reference) -> Decoder:
+    """The decoder in a model directory, on the CPU, weights in float32 whatever the file's dtype.
+
+    Args:
+        directory: Hugging Face directory of a Llama-class model: ours, or any other.
+        kernels: Which implementation of the fused operations it runs.
+
+    Raises:
+        CheckpointError: A file or weight is missing, unknown, damaged or of another shape.
+    """
+    if "quantization_config" in read_json(directory):
+        raise CheckpointError(
+            f"{directory / CONFIG} has a quantization_config: its weights are not floating point. "
+            "Load the model that it was made from."
+        )
+    config, vocab_size = read_config(directory)
+    with torch.device("meta"):
+        model = Decoder(replace(config, kernels=kernels), vocab_size)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    _copy_weights(model, directory)
+    return model
+
+
+def check_initial_weights(config: ModelConfig, section: str = "model") -> None:
+    """Checks that `initial_weights`, if any, fit the model; reads config.json only.
+
+    Args:
+        config: The model to be trained.
+        section: Where it stands in the configuration, for messages: `model` or `distill.student`.
+
+    Raises:
+        ConfigError: They are missing, of another architecture, or of another shape.
+    """
+    if config.initial_weights is None:
+        return
+    with _as_config_error(config.initial_weights, section):
+        found, _ = read_config(config.initial_weights)
+    for field in (field.name for field in fields(ModelConfig) if field.name not in _FREE_FIELDS):
+        wanted, has = getattr(config, field), getattr(found, field)
+        if wanted != has:
+            raise ConfigError(
+                f"{section}.{field}={wanted} does not fit {section}.initial_weights={config.initial_weights}, "
+                f"which have {field}={has}. Set {section}.{field}={has}, or choose other initial weights."
+            )
+
+
+def load_initial_weights(model: Decoder, directory: Path, section: str = "model") -> None:
+    """Copies the weights of a model directory into `model`, converted to its dtype.
+
+    Args:
+        model: Decoder of the same shape, its parameters whole (not yet partitioned over ranks).
+        directory: Hugging Face directory of a Llama-class model.
+        section: As in `check_initial_weights`.
+
+    Raises:
+        ConfigError: They are missing, damaged, or of another shape or vocabulary.
+    """
+    check_initial_weights(replace(model.config, initial_weights=directory), section)
+    with _as_config_error(directory, section):
+        _, vocab_size = read_config(directory)
+        if vocab_size != model.vocab_size:
+            raise ConfigError(
+                f"{section}.initial_weights={directory} have vocab_size={vocab_size}, and this run's tokenizer "
+                f"{model.vocab_size}. Set data.tokenizer.vocab_size={vocab_size}, or choose other initial weights."
+            )
+        _copy_weights(model, directory)
+
+
+@contextmanager
+def _as_config_error(directory: Path, section: str) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise ConfigError(f"{section}.initial_weights={directory} cannot be used: {error}") from error
+
+
+@torch.no_grad()
+def _copy_weights(model: Decoder, directory: Path) -> None:
+    parameters = dict(model.named_parameters())  # a tied head is listed once, as the embedding
+    tied = model.config.tie_word_embeddings
+    files = {name: path for name, path in _weight_files(directory).items() if not name.endswith(_RECOMPUTED)}
+    head_path = files.pop(_HEAD, None) if tied else None
+    _check_names(parameters.keys(), files.keys(), str(directory))
+    for path in sorted(set(files.values())):
+        with _open(path) as file:
+            for name in (name for name, holder in files.items() if holder == path):
+                tensor = file.get_tensor(name)
+                _check_shape(name, tensor.shape, parameters[name].shape, str(path))
+                parameters[name].copy_(tensor)
+    if head_path is not None:
+        with _open(head_path) as file:
+            if not torch.equal(file.get_tensor(_HEAD).to(parameters[_EMBEDDING].dtype), parameters[_EMBEDDING]):
+                raise CheckpointError(_untied(str(head_path)))
+
+
+def _weight_files(directory: Path) -> dict[str, Path]:
+    """Which file of the directory holds which tensor."""
+    index = directory / INDEX
+    if not index.exists():
+        with _open(directory / WEIGHTS) as file:
+            return {name: directory / WEIGHTS for name in file.keys()}  # noqa: SIM118  no mapping, whatever it looks like
+    try:
+        return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not an index of weights: {error!r}. Copy the model again.") from error
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist. Name a directory with weights in safetensors format.") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Copy the model again.") from error
+
+
+def _expected_shapes(config: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in Decoder(config, vocab_size).named_parameters()}
+
+
+def _check_names(expected: Collection[str], found: Collection[str], where: str) -> None:
+    for problem, names in (("lack", set(expected) - set(found)), ("have", set(found) - set(expected))):
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise CheckpointError(
+                f"the weights in {where} {problem} {len(names)} tensors that a decoder of this shape "
+                f"{'has' if problem == 'lack' else 'lacks'}: {listed}. Bring config.json and weights together again."
+            )
+
+
+def _check_shape(name: str, found: Sequence[int], expected: Sequence[int], where: str) -> None:
+    if tuple(found) != tuple(expected):
+        raise CheckpointError(
+            f"{name} has shape {list(found)} in {where}, not {list(expected)} as config.json says. "
+            "Bring config.json and weights together again."
+        )
+
+
+def _untied(where: str) -> str:
+    return f"tie_word_embeddings=True, but in {where} {_HEAD} differs from {_EMBEDDING}. Set tie_word_embeddings=False."

@@ -1,0 +1,124 @@
+"""A decoder's shape as Hugging Face writes it: config.json of a Llama-class model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flows.config import ConfigError, RunError
+from flows.config.model import ModelConfig
+
+CONFIG = "config.json"
+_ASSUMED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+"""What our decoder computes where Hugging Face's leaves a choice; also what a missing key means."""
+
+
+class CheckpointError(RunError):
+    """A model directory is missing, damaged, or not of the kind that our decoder computes."""
+
+
+def hugging_face_config(
+    config: ModelConfig, vocab_size: int, max_position_embeddings: int, eos_token_id: int, dtype: str
+) -> dict[str, Any]:
+    """What config.json says about a decoder, as transformers' AutoModelForCausalLM reads it.
+
+    Args:
+        config: Shape of the decoder.
+        vocab_size: Number of tokens.
+        max_position_embeddings: Longest sequence in training, in tokens; the decoder itself has no limit.
+        eos_token_id: Token that ends a document.
+        dtype: Number format of the weights, e.g. "float32".
+    """
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "max_position_embeddings": max_position_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": None,
+        "torch_dtype": dtype,
+        **_ASSUMED,
+    }
+
+
+def read_json(directory: Path) -> dict[str, Any]:
+    """All of a model directory's config.json.
+
+    Raises:
+        CheckpointError: It is missing or not JSON.
+    """
+    path = directory / CONFIG
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist. Name a Hugging Face model directory, which holds it.") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is not readable as a JSON object: {error}. Copy the model again.") from error
+
+
+def read_config(directory: Path) -> tuple[ModelConfig, int]:
+    """Shape and vocabulary size of the Llama-class model in a directory, from its config.json alone.
+
+    Raises:
+        CheckpointError: It is missing, incomplete, or describes what our decoder does not compute.
+    """
+    path, found = directory / CONFIG, read_json(directory)
+    _refuse_other_architectures(path, found)
+    try:
+        heads = found["num_attention_heads"]
+        config = ModelConfig(
+            hidden_size=found["hidden_size"],
+            intermediate_size=found["intermediate_size"],
+            num_hidden_layers=found["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=found.get("num_key_value_heads") or heads,
+            rope_theta=float(_rope(found).get("rope_theta", 10_000.0)),
+            rms_norm_eps=found.get("rms_norm_eps", 1e-6),
+            initializer_range=found.get("initializer_range", 0.02),
+            tie_word_embeddings=found.get("tie_word_embeddings", False),
+        )
+        vocab_size = int(found["vocab_size"])
+    except KeyError as error:
+        raise CheckpointError(f"{path} has no field {error.args[0]!r}. Copy the model again.") from error
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path} describes no decoder of ours: {error}") from error
+    head_dim = found.get("head_dim") or config.head_dim
+    if head_dim != config.head_dim:
+        raise CheckpointError(_unsupported(path, "head_dim", head_dim, f"hidden_size / heads = {config.head_dim}"))
+    return config, vocab_size
+
+
+def _rope(found: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings, where transformers 5 writes them (`rope_parameters`) or where earlier ones do."""
+    earlier = {"rope_theta": found["rope_theta"]} if "rope_theta" in found else {}
+    return {**earlier, **(found.get("rope_scaling") or {}), **(found.get("rope_parameters") or {})}
+
+
+def _refuse_other_architectures(path: Path, found: dict[str, Any]) -> None:
+    if found.get("model_type") != "llama":
+        raise CheckpointError(_unsupported(path, "model_type", found.get("model_type"), "llama"))
+    for field, assumed in _ASSUMED.items():
+        value = found.get(field, assumed)
+        if value != assumed:
+            raise CheckpointError(_unsupported(path, field, value, assumed))
+    rope = _rope(found)
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise CheckpointError(_unsupported(path, "rope_type", rope_type, "default"))
+
+
+def _unsupported(path: Path, field: str, value: object, expected: object) -> str:
+    return f"{path} has {field}={value}, and our decoder computes {field}={expected} only. Use such a model."

@@ -1,0 +1,141 @@
+# Shape letters are upper case; calling a module is untyped in torch:
+# mypy: disable-error-code="no-any-return"
+"""A Llama-class decoder (arXiv:2302.13971) with Hugging Face's module and weight names.
+
+Shape letters: B batch, L length, D hidden size, V vocabulary. `x_BLD` is a tensor of batch x length x hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from flows.config.model import ModelConfig
+from flows.model.attention import Attention, allowed_keys, rotary
+from kernels.rms_norm import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """Scales each position to a root mean square of one, then by a learned weight (arXiv:1910.07467)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+        self.kernels = config.kernels.value
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Normalized activations [B, L, D]."""
+        return rms_norm(x_BLD, self.weight, self.eps, self.kernels)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """What each position adds to its residual stream [B, L, D]."""
+        return self.down_proj(silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then feed-forward, each on normalized input and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = RMSNorm(config)
+
+    def forward(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
+        """The residual stream [B, L, D] after this layer."""
+        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), rotation, allowed_B1LL)
+        return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+
+
+class DecoderStack(nn.Module):
+    """Embedding, layers and final norm: token ids to hidden states."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+        self.head_dim = config.head_dim
+        self.rope_theta = config.rope_theta
+
+    def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+        """Hidden states [B, L, D]; see `Decoder.forward_hidden`."""
+        x_BLD = self.embed_tokens(input_ids_BL)
+        length = input_ids_BL.shape[1]
+        if attention_mask_BL is None:
+            positions_BL = torch.arange(length, device=input_ids_BL.device)[None]
+            allowed_B1LL = None
+        else:
+            positions_BL = (attention_mask_BL.cumsum(1) - 1).clamp(min=0)
+            allowed_B1LL = allowed_keys(attention_mask_BL)
+        rotation = rotary(positions_BL, self.head_dim, self.rope_theta, x_BLD.dtype)
+        for layer in self.layers:
+            x_BLD = layer(x_BLD, rotation, allowed_B1LL)
+        return self.norm(x_BLD)
+
+
+class Decoder(nn.Module):
+    """Token ids to scores of every next token.
+
+    Args:
+        config: Shape, and which kernels to run.
+        vocab_size: Number of tokens V.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.model = DecoderStack(config, vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes the output projection the embedding matrix itself, where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward_hidden(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+        """Hidden states [B, L, D] after the final norm; `lm_head` turns any of them into scores.
+
+        Args:
+            input_ids_BL: Token ids, int64.
+            attention_mask_BL: 1 for real tokens, 0 for padding on either side, int64; None = all are real, which is
+                faster. Positions count real tokens only. What comes out at padding is finite and without meaning.
+        """
+        return self.model(input_ids_BL, attention_mask_BL)
+
+    def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+        """Scores [B, L, V] of the token that follows each position; arguments as in `forward_hidden`."""
+        return self.lm_head(self.forward_hidden(input_ids_BL, attention_mask_BL))
+
+
+@torch.no_grad()
+def initialize(model: Decoder, seed: int) -> None:
+    """Draws initial weights, the same ones on every rank: normal(0, `model.initializer_range`), norms one.
+
+    What writes to the residual stream is scaled by 1 / sqrt(2 layers), so that depth does not inflate it (GPT-2).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        std = config.initializer_range
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= (2 * config.num_hidden_layers) ** 0.5
+        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

@@ -1,0 +1,50 @@
+"""Kernels compile for GPUs that are not here, and a bad one is reported."""
+
+import torch
+
+from kernels import check
+from kernels.dispatch import MAX_COLUMNS
+from kernels.rms_norm_triton import rms_norm_bwd, rms_norm_fwd
+
+
+def backward(rows: int, columns: int) -> None:
+    x, weight, rstd = torch.empty(rows, columns), torch.empty(columns), torch.empty(rows)
+    rms_norm_bwd(x, x, weight, rstd)
+
+
+def test_sound_kernels_compile_once_for_each_architecture() -> None:
+    def launches() -> None:
+        for rows in (32, 64):  # the same variant twice
+            rms_norm_fwd(torch.empty(rows, 256), torch.empty(256), 1e-5)
+            backward(rows, 256)
+
+    for architecture in (80, 90):
+        made = check.compile_launches(launches, architecture)
+        assert [kernel.kernel for kernel in made] == ["rms_norm_triton._forward", "rms_norm_triton._backward"]
+        for kernel in made:
+            assert kernel.architecture == architecture
+            assert 8 < kernel.registers <= 255
+            assert (kernel.spill_instructions, kernel.fault) == (0, None)
+            assert "BLOCK=256 warps=4" in kernel.variant
+
+
+def test_spilled_registers_are_a_fault() -> None:
+    (made,) = check.compile_launches(lambda: backward(64, 4 * MAX_COLUMNS), 90)
+    assert made.spill_instructions > 0
+    assert made.fault == f"spills registers ({made.spill_instructions} instructions)"
+
+
+def test_command_line_reports_every_launch(capsys) -> None:
+    assert check.main(["--architecture", "90"]) == 0
+    report = capsys.readouterr().out.splitlines()
+    assert report[-1] == "all sound"
+    assert len(report) == 2 + 2 * 3 * 4 + 1  # two passes, three dtypes, four widths
+    assert sum("*bf16" in line for line in report) == 8
+
+
+def test_command_line_fails_on_a_fault(capsys, monkeypatch) -> None:
+    monkeypatch.setitem(check.LAUNCHES, "too_wide", lambda: backward(64, 4 * MAX_COLUMNS))
+    assert check.main(["--op", "too_wide", "--architecture", "90"]) == 1
+    report = capsys.readouterr().out
+    assert "<-- spills registers" in report
+    assert report.endswith("1 at fault\n")

@@ -1,0 +1,20 @@
+"""Runs the kernel tests on the CPU: Triton has to be told to interpret before it is imported, hence another process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_kernels_in_the_interpreter() -> None:
+    here = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", str(here)],
+        cwd=here.parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "skipped" not in run.stdout, run.stdout
