@@ -13,7 +13,15 @@ from flows.config.checks import ConfigError, RunError, require
 from flows.config.compression import EvaluateConfig, GatingConfig, QualityConfig, QuantizeConfig
 from flows.config.data import DataConfig
 from flows.config.model import ModelConfig
-from flows.config.serving import AUTO_CANDIDATE, ExportConfig, PublishConfig, ServeConfig, VerifyConfig
+from flows.config.serving import (
+    AUTO_CANDIDATE,
+    EntryConfig,
+    ExportConfig,
+    PassportConfig,
+    PublishConfig,
+    ServeConfig,
+    VerifyConfig,
+)
 from flows.config.training import (
     DistillConfig,
     EngineConfig,
@@ -92,7 +100,9 @@ class Config:
             f"Set evaluate.latency.tokens={self.data.sequence_length}.",
         )
         self.base_run()
-        self.student_run()
+        if self.distill.enabled:
+            self.student_run()
+        self.passport()
 
     @property
     def trained_candidates(self) -> list[str]:
@@ -126,6 +136,25 @@ class Config:
     def gating(self) -> GatingConfig:
         """Choice among the candidates."""
         return GatingConfig(gates=self.evaluate.gates, candidate=self.publish.candidate)
+
+    def entry(self) -> EntryConfig:
+        """Model repository entry of the chosen candidate."""
+        return EntryConfig(
+            model_name=self.publish.model_name,
+            keep_versions=self.publish.keep_versions,
+            sequence_length=self.data.sequence_length,
+            export=self.export,
+        )
+
+    def passport(self) -> PassportConfig:
+        """Proof that the served model is the trained one."""
+        return PassportConfig(
+            model_name=self.publish.model_name,
+            sequence_length=self.data.sequence_length,
+            seed=self.seed,
+            export=self.export,
+            verify=self.verify,
+        )
 
     def _training_run(
         self, objective: Objective, model: ModelConfig, train: TrainConfig, temperature: float = 1.0, alpha: float = 1.0

@@ -31,7 +31,8 @@ class CorpusConfig:
     source: Source = Source.stdlib
     """`stdlib`: the source text of Python's standard library; `files`: `paths`; `huggingface`: `dataset`."""
     paths: tuple[str, ...] = ()
-    """Files, directories or globs (`**` allowed) for `source=files`; .jsonl and .parquet by suffix, all else is one text document per file.
+    """Files, directories or globs (`**` allowed) for `source=files`; .jsonl and .parquet by suffix, all else is one
+    text document per file.
     Hidden files are read only if named."""
     text_field: str = "text"
     """Field that holds the text in .jsonl, .parquet and Hugging Face data."""
@@ -48,7 +49,7 @@ class CorpusConfig:
     min_document_bytes: int = 1
     """Shorter documents, after cleaning, are dropped and counted."""
     max_document_bytes: int = 1_048_576
-    """A longer text file is cut at line ends into documents of at most this size, so that memory stays flat in file size."""
+    """A longer text file is cut at line ends into documents of at most this size: memory stays flat in file size."""
     validation_fraction: float = 0.03
     """Share of documents, chosen by a hash of their name, held out for validation."""
     test_fraction: float = 0.03
@@ -62,7 +63,8 @@ class CorpusConfig:
             held_out < 1,
             "data.corpus.validation_fraction",
             self.validation_fraction,
-            f"leaves nothing to train on: with data.corpus.test_fraction={self.test_fraction} it holds out {held_out:g} of all documents",
+            f"leaves nothing to train on: with data.corpus.test_fraction={self.test_fraction} it holds out {held_out:g} "
+            "of all documents",
             "Set both so that their sum is below 1.",
         )
         require(

@@ -36,7 +36,7 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     """The output projection is the embedding matrix."""
     kernels: Kernels = Kernels.auto
-    """`auto`: Triton-language kernels on CUDA, plain torch elsewhere; `triton`: kernels or an error; `reference`: plain torch."""
+    """`auto`: Triton-language kernels on CUDA, else plain torch; `triton`: kernels or an error; `reference`: plain torch."""
     initial_weights: Path | None = None
     """Hugging Face directory (config.json, model.safetensors) of the same shape to start from; null = random."""
 
@@ -47,12 +47,13 @@ class ModelConfig:
             ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"],
         )
         require_positive("model", self, ["rope_theta", "rms_norm_eps", "initializer_range"])
+        pairs = 2 * self.num_attention_heads
         require(
-            self.hidden_size % (2 * self.num_attention_heads) == 0,
+            self.hidden_size % pairs == 0,
             "model.hidden_size",
             self.hidden_size,
-            f"must be a multiple of 2 x model.num_attention_heads={self.num_attention_heads}: rotary embeddings turn pairs",
-            f"Set model.hidden_size={2 * self.num_attention_heads * max(1, self.hidden_size // (2 * self.num_attention_heads))}.",
+            f"must be a multiple of 2 x model.num_attention_heads={self.num_attention_heads}: positions turn pairs",
+            f"Set model.hidden_size={pairs * max(1, self.hidden_size // pairs)}.",
         )
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,

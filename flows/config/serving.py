@@ -53,7 +53,7 @@ class VerifyConfig:
     real_inputs: int = 16
     """Inputs taken from the test split; as many random ones are made afresh."""
     noise_factor: float = 4.0
-    """Tolerance as a multiple of the largest difference between the checkpoint in float32 and in float64 on the same inputs."""
+    """Tolerance as a multiple of the checkpoint's float32 error: its largest difference from float64, same inputs."""
     text_prompts: int = 4
     """Prompts whose greedy continuation must be equal, token by token."""
     text_new_tokens: int = 16
@@ -86,7 +86,7 @@ class PublishConfig:
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.model_name) is not None,
             "publish.model_name",
             self.model_name,
-            "must be 1-64 letters, digits, '_' or '-', and start with a letter or digit: it names a directory and a URL",
+            "must be 1-64 letters, digits, '_' or '-', the first no sign: it names a directory and a URL",
             "Set publish.model_name=my_model.",
         )
         require(

@@ -235,16 +235,23 @@ class TrainingRun:
     """Read by distillation only."""
 
     @property
+    def model_section(self) -> str:
+        """Where the user sets this run's model, for messages."""
+        return "distill.student" if self.objective == Objective.distillation else "model"
+
+    @property
     def gradient_accumulation_steps(self) -> int:
         """Micro steps per optimizer update on each rank."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.launcher.num_ranks)
 
     def __post_init__(self) -> None:
         per_micro_step = self.train.micro_batch_size * self.launcher.num_ranks
+        nearest = per_micro_step * max(1, round(self.train.global_batch_size / per_micro_step))
         require(
             self.train.global_batch_size % per_micro_step == 0,
             "train.global_batch_size",
             self.train.global_batch_size,
-            f"must be a multiple of train.micro_batch_size={self.train.micro_batch_size} x launcher.num_ranks={self.launcher.num_ranks} = {per_micro_step}",
-            f"Set train.global_batch_size={per_micro_step * max(1, round(self.train.global_batch_size / per_micro_step))}.",
+            f"must be a multiple of train.micro_batch_size={self.train.micro_batch_size} x "
+            f"launcher.num_ranks={self.launcher.num_ranks} = {per_micro_step}",
+            f"Set train.global_batch_size={nearest}.",
         )

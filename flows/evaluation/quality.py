@@ -1,0 +1,115 @@
+"""Stage: how well a candidate predicts the test split: loss, perplexity, accuracy, bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from flows.artifact import Artifact, write_json_atomically
+from flows.compression.candidate import count_parameters, load_candidate
+from flows.config.checks import require
+from flows.config.compression import QualityConfig
+from flows.data.packed import PackedDataset
+
+SCORES_LIMIT = 2**25
+"""Scores held at once; bounds memory to a few times 128 MiB at any vocabulary size."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Averages over the tokens that were predicted."""
+
+    loss: float
+    """Cross-entropy, nats per token."""
+    perplexity: float
+    accuracy: float
+    """Share of tokens that were the model's first choice."""
+    bits_per_byte: float
+    """Loss in bits, per byte of the text that the predicted tokens stand for."""
+    tokens: int
+    bytes: int
+
+
+def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
+    """Writes quality.json; runs on a GPU where there is one.
+
+    Args:
+        directory: Where it goes.
+        config: How much of the split is read.
+        parents: `model`, `tokens`, `tokenizer`.
+
+    Returns:
+        The fields of `Quality`, and `parameters`.
+
+    Raises:
+        ConfigError: `evaluate.max_tokens` is less than one sequence, or the test split is.
+    """
+    require(
+        config.max_tokens >= config.sequence_length,
+        "evaluate.max_tokens",
+        config.max_tokens,
+        f"must hold one sequence of data.sequence_length={config.sequence_length} tokens",
+        "Set evaluate.max_tokens=131072.",
+    )
+    dataset = PackedDataset(parents["tokens"].path, "test", config.sequence_length)
+    model = load_candidate(parents["model"].path).to("cuda" if torch.cuda.is_available() else "cpu")
+    token_bytes = np.load(parents["tokenizer"].path / "token_bytes.npy")
+    sequences = min(len(dataset), config.max_tokens // config.sequence_length)
+    batch_size = max(1, min(16, SCORES_LIMIT // (config.sequence_length * model.vocab_size)))
+    quality = measure_quality(model, dataset, sequences, batch_size, token_bytes)
+    metrics = {**asdict(quality), "parameters": count_parameters(model)}
+    write_json_atomically(directory / "quality.json", metrics)
+    return metrics
+
+
+@torch.no_grad()
+def measure_quality(
+    model: nn.Module, dataset: PackedDataset, sequences: int, batch_size: int, token_bytes: NDArray[Any]
+) -> Quality:
+    """Quality over the first `sequences` of `dataset`; every token but each sequence's first is predicted once.
+
+    Args:
+        model: Ids [B, L] to scores [B, L, V].
+        dataset: Sequences of L + 1 tokens.
+        sequences: How many of them.
+        batch_size: How many at once.
+        token_bytes: UTF-8 bytes that each token stands for [V].
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros(2, dtype=torch.float64)
+    tokens = text_bytes = 0
+    with tqdm(desc="evaluate", total=sequences * dataset.sequence_length, unit="tok", disable=None) as progress:
+        for start in range(0, sequences, batch_size):
+            rows = np.stack([dataset[index] for index in range(start, min(start + batch_size, sequences))])
+            targets = torch.from_numpy(rows[:, 1:])
+            total += _loss_and_hits(model(torch.from_numpy(rows[:, :-1]).to(device)), targets.to(device))
+            tokens += targets.numel()
+            text_bytes += int(token_bytes[rows[:, 1:]].sum(dtype=np.int64))
+            progress.update(targets.numel())
+    assert tokens > 0, "no token was predicted"
+    assert text_bytes > 0, "the predicted tokens stand for no text"
+    loss, accuracy = (total / tokens).tolist()
+    return Quality(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),  # a diverged model's must still be a number
+        accuracy=accuracy,
+        bits_per_byte=loss * tokens / math.log(2) / text_bytes,
+        tokens=tokens,
+        bytes=text_bytes,
+    )
+
+
+def _loss_and_hits(scores: Tensor, targets: Tensor) -> Tensor:
+    flat, expected = scores.flatten(0, 1).float(), targets.flatten()
+    loss = cross_entropy(flat, expected, reduction="none").double().sum()
+    return torch.stack([loss, (flat.argmax(-1) == expected).double().sum()]).cpu()

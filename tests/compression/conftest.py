@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.artifact import Artifact
+from flows.config.model import ModelConfig
+from flows.model.checkpoint import save_decoder
+from flows.model.decoder import Decoder, initialize
+
+
+@pytest.fixture
+def config() -> ModelConfig:
+    return ModelConfig(
+        hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+
+
+@pytest.fixture
+def model(config: ModelConfig) -> Decoder:
+    model = Decoder(config, vocab_size=300)
+    initialize(model, seed=0)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture
+def source(tmp_path: Path, config: ModelConfig, model: Decoder) -> Artifact:
+    """The model as a floating-point artifact."""
+    directory = tmp_path / "source"
+    save_decoder(directory, model.state_dict(), config, 300, 128, 0)
+    (directory / "tokenizer.json").write_text('{"any": "tokenizer"}')
+    return Artifact("base", "base-key", "digest", directory)

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flows.artifact import Artifact
+from flows.compression import quantize
+from flows.compression.candidate import load_candidate
+from flows.config import ConfigError
+from flows.config.compression import QualityConfig, QuantizeConfig
+from flows.config.model import ModelConfig
+from flows.data.packed import PackedDataset
+from flows.evaluation import quality
+from flows.evaluation.quality import measure_quality
+from flows.model.checkpoint import save_decoder
+from flows.model.decoder import Decoder, initialize
+
+VOCAB, LENGTH, TOKENS = 260, 16, 16 * 20 + 7
+CONFIG = ModelConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+)
+
+
+def artifact(path: Path) -> Artifact:
+    return Artifact(path.name, f"{path.name}-key", "digest", path)
+
+
+@pytest.fixture
+def parents(tmp_path: Path) -> dict[str, Artifact]:
+    """A model, a test split of 20 sequences in two shards, and a vocabulary whose tokens have 1 to 4 bytes."""
+    random = np.random.default_rng(0)
+    ids = random.integers(0, VOCAB, TOKENS).astype("<u2")
+    (tmp_path / "tokens").mkdir()
+    shards = []
+    for number, part in enumerate((ids[:100], ids[100:])):
+        (tmp_path / "tokens" / f"test-0000{number}.bin").write_bytes(part.tobytes())
+        shards.append({"file": f"test-0000{number}.bin", "tokens": len(part)})
+    index = {"dtype": "uint16", "vocab_size": VOCAB, "splits": {"test": {"tokens": TOKENS, "shards": shards}}}
+    (tmp_path / "tokens" / "index.json").write_text(json.dumps(index))
+    (tmp_path / "tokenizer").mkdir()
+    token_bytes = random.integers(1, 5, VOCAB)
+    token_bytes[0] = 0
+    np.save(tmp_path / "tokenizer" / "token_bytes.npy", token_bytes)
+    model = Decoder(CONFIG, VOCAB)
+    initialize(model, seed=0)
+    save_decoder(tmp_path / "model", model.state_dict(), CONFIG, VOCAB, LENGTH, 0)
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "quality").mkdir()
+    return {name: artifact(tmp_path / name) for name in ("model", "tokens", "tokenizer")}
+
+
+def stream(parents) -> np.ndarray:
+    files = sorted(parents["tokens"].path.glob("*.bin"))
+    return np.concatenate([np.fromfile(file, "<u2") for file in files]).astype(np.int64)
+
+
+def test_measures_follow_their_definitions(tmp_path, parents):
+    """Against plain sums over one sequence at a time."""
+    metrics = quality.build(tmp_path / "quality", QualityConfig(max_tokens=10**6, sequence_length=LENGTH), parents)
+    model = load_candidate(parents["model"].path)
+    ids = stream(parents)
+    nats, hits, text_bytes = 0.0, 0, 0
+    token_bytes = np.load(parents["tokenizer"].path / "token_bytes.npy")
+    for start in range(0, 20 * LENGTH, LENGTH):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids[None, start : start + LENGTH]))[0].double().numpy()
+        for position, scores in enumerate(logits):
+            target = ids[start + position + 1]
+            nats += math.log(np.exp(scores).sum()) - scores[target]
+            hits += scores.argmax() == target
+            text_bytes += token_bytes[target]
+    assert metrics["tokens"] == 320
+    assert metrics["bytes"] == text_bytes
+    # float32 log-softmax over 260 scores near 0: 2^-24 x ln 260 each, times a few operations
+    assert metrics["loss"] == pytest.approx(nats / 320, rel=2e-6)
+    assert metrics["accuracy"] == hits / 320
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    assert metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=2e-6)
+    assert metrics["parameters"] == VOCAB * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 3 * 32
+    assert json.loads((tmp_path / "quality" / "quality.json").read_text()) == metrics
+
+
+def test_a_model_that_knows_nothing_has_the_entropy_of_the_vocabulary(parents):
+    model = load_candidate(parents["model"].path)
+    model.lm_head.weight.zero_()
+    dataset = PackedDataset(parents["tokens"].path, "test", LENGTH)
+    found = measure_quality(model, dataset, 20, 3, np.full(VOCAB, 2))
+    assert found.loss == pytest.approx(math.log(VOCAB), rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(math.log2(VOCAB) / 2, rel=1e-6)
+
+
+def test_batches_of_any_size_agree(parents):
+    model = load_candidate(parents["model"].path)
+    dataset = PackedDataset(parents["tokens"].path, "test", LENGTH)
+    results = [measure_quality(model, dataset, 20, size, np.ones(VOCAB, int)) for size in (1, 7, 20)]
+    assert {result.tokens for result in results} == {320}
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
+    assert results[0].loss == pytest.approx(results[2].loss, rel=1e-6)
+
+
+def test_max_tokens_bounds_what_is_read(tmp_path, parents):
+    metrics = quality.build(
+        tmp_path / "quality", QualityConfig(max_tokens=5 * LENGTH + 3, sequence_length=LENGTH), parents
+    )
+    assert metrics["tokens"] == 5 * LENGTH
+
+
+def test_int8_is_measured_by_the_same_stage(tmp_path, parents):
+    (tmp_path / "int8").mkdir()
+    quantize.build(tmp_path / "int8", QuantizeConfig(), {"model": parents["model"]})
+    config = QualityConfig(max_tokens=320, sequence_length=LENGTH)
+    floating = quality.build(tmp_path / "quality", config, parents)
+    int8 = quality.build(tmp_path / "quality", config, {**parents, "model": artifact(tmp_path / "int8")})
+    assert int8["loss"] != floating["loss"]
+    assert int8["loss"] == pytest.approx(floating["loss"], rel=0.01)
+    assert int8["parameters"] == floating["parameters"]
+
+
+def test_a_diverged_model_is_measured_not_hidden(parents):
+    model = load_candidate(parents["model"].path)
+    model.lm_head.weight.fill_(float("nan"))
+    dataset = PackedDataset(parents["tokens"].path, "test", LENGTH)
+    found = measure_quality(model, dataset, 2, 2, np.ones(VOCAB, int))
+    assert math.isnan(found.loss)
+    assert math.isnan(found.bits_per_byte)
+
+
+def test_fewer_tokens_than_one_sequence_is_an_error(tmp_path, parents):
+    with pytest.raises(ConfigError, match=r"evaluate.max_tokens=15 must hold one sequence of data.sequence_length=16"):
+        quality.build(tmp_path / "quality", QualityConfig(max_tokens=15, sequence_length=LENGTH), parents)
+    with pytest.raises(ConfigError, match="test split"):
+        quality.build(tmp_path / "quality", QualityConfig(max_tokens=10**6, sequence_length=400), parents)
