@@ -1,8 +1,8 @@
 """Content-addressed stage outputs: what made them, whether they are whole, and why they were made again.
 
-An artifact is a directory. It is written aside, `manifest.json` last, and renamed into place, so that it is either absent
-or complete. Its key is a hash of everything that decides its content: the configuration section, the digests of its
-parents, fingerprints of outside inputs, and the source of the code that makes it.
+An artifact is a directory. It is written aside, `manifest.json` last, and renamed into place, so that it is either
+absent or complete. Its key is a hash of everything that decides its content: the configuration section, the digests of
+its parents, fingerprints of outside inputs, and the source of the code that makes it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Artifact:
     """sha256 over the names and digests of its files; equal content has an equal digest, however it was made."""
     path: Path
     metrics: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
     """Time that making it took."""
 
 
@@ -99,7 +99,7 @@ class Stage:
     def _outside_fingerprint(self) -> str | None:
         if "fingerprint" not in defined_names(self.module):
             return None
-        return cast(str, importlib.import_module(self.module).fingerprint(self.config))
+        return cast(str | None, importlib.import_module(self.module).fingerprint(self.config))
 
 
 def digest_file(path: Path) -> str:

@@ -191,7 +191,7 @@ def _initial_model(run: TrainingRun, vocab_size: int) -> Decoder:
     if run.model.initial_weights is None:
         initialize(model, run.seed)
     else:
-        load_initial_weights(model, run.model.initial_weights)
+        load_initial_weights(model, run.model.initial_weights, run.model_section)
     return model
 
 

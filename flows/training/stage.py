@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flows.artifact import Artifact
+from flows.artifact import Artifact, digest_file, digest_json
 from flows.config import to_json
 from flows.config.training import TrainingRun
 from flows.launcher import launch_ranks
@@ -24,6 +24,14 @@ RUNS = "flows.training.__main__"
 """What the ranks run; part of the code that makes the artifact."""
 
 logger = logging.getLogger(__name__)
+
+
+def fingerprint(config: TrainingRun) -> str | None:
+    """Digest of the initial weights, where there are any: other weights under the same path train another model."""
+    if config.model.initial_weights is None:
+        return None
+    files = sorted(path for path in config.model.initial_weights.iterdir() if path.suffix in (".json", ".safetensors"))
+    return digest_json({path.name: digest_file(path) for path in files})
 
 
 def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact]) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""The chain: which stages there are, in which order, and what each one is made from.
+
+It only describes: whoever calls it decides how a stage runs (as a Prefect task in `flows.train`, bare in the
+orchestration benchmark) or does not run at all (`flows.explain`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flows.artifact import Artifact, Stage
+from flows.config import Config
+
+RunStage = Callable[[Stage], Artifact]
+
+
+@dataclass(frozen=True)
+class ChainResult:
+    """What came out at the end."""
+
+    gates: Artifact
+    report: Artifact
+    passport: Artifact | None = None
+    published: Artifact | None = None
+    """None: no candidate passed the gates."""
+
+
+def run_chain(config: Config, run: RunStage) -> ChainResult:
+    """Runs every stage from raw data to the report, each with the outputs of those before it.
+
+    Args:
+        config: The run.
+        run: Turns a stage into its artifact; raises if it fails.
+    """
+    corpus = run(Stage("corpus", "flows.data.corpus", config.data.corpus))
+    tokenizer = run(Stage("tokenizer", "flows.data.tokenizer", config.data.tokenizer, {"corpus": corpus}))
+    text = {"corpus": corpus, "tokenizer": tokenizer}
+    tokens = run(Stage("tokens", "flows.data.encode", config.data.encode, text))
+    data = {"tokens": tokens, "tokenizer": tokenizer}
+    baselines = run(Stage("baselines", "flows.data.baselines", None, {**data, "corpus": corpus}))
+
+    models = {"base": run(Stage("base", "flows.training.stage", config.base_run(), data))}
+    if config.distill.enabled:
+        teacher = {"teacher": models["base"]}
+        models["student"] = run(Stage("student", "flows.training.stage", config.student_run(), {**data, **teacher}))
+    for source in config.quantize.sources if config.quantize.enabled else ():
+        made_from = {"model": models[source]}
+        models[f"{source}_int8"] = run(
+            Stage(f"{source}_int8", "flows.compression.quantize", config.quantize, made_from)
+        )
+
+    programs = {
+        name: run(Stage(f"{name}_program", "flows.export.program", None, {"model": model}))
+        for name, model in models.items()
+    }
+    qualities = {
+        name: run(Stage(f"{name}_quality", "flows.evaluation.quality", config.quality(), {"model": model, **data}))
+        for name, model in models.items()
+    }
+    latency = run(Stage("latency", "flows.evaluation.latency", config.evaluate.latency, programs))
+    measured = {
+        **{f"quality:{name}": quality for name, quality in qualities.items()},
+        **{f"program:{name}": program for name, program in programs.items()},
+        "latency": latency,
+        "baselines": baselines,
+    }
+    gates = run(Stage("gates", "flows.evaluation.gates", config.gating(), measured))
+
+    everything = {**data, "corpus": corpus, **models, **measured, "gates": gates}
+    chosen = gates.metrics["chosen"]
+    if chosen is None:
+        return ChainResult(gates, run(Stage("report", "flows.report.stage", config, everything)))
+    entry = run(Stage("entry", "flows.serving.entry", config.entry(), {"program": programs[chosen]}))
+    proof = {**data, "entry": entry, "model": models[chosen], "program": programs[chosen]}
+    passport = run(Stage("passport", "flows.serving.verify", config.passport(), proof))
+    release = {"entry": entry, "passport": passport, "gates": gates}
+    published = run(Stage("publish", "flows.serving.publish", config.publish, release))
+    everything |= {"entry": entry, "passport": passport, "publish": published}
+    report = run(Stage("report", "flows.report.stage", config, everything))
+    return ChainResult(gates, report, passport, published)

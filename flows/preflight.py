@@ -1,0 +1,52 @@
+"""Everything that can be known to be impossible before any work starts."""
+
+from __future__ import annotations
+
+from flows.config import Config, ConfigError
+from flows.config.checks import require
+from flows.config.model import Kernels
+from flows.config.training import Device, TrainingRun
+from flows.data.sources import check_sources
+from flows.serving.installation import check_server_available
+from flows.training.deepspeed_config import deepspeed_config
+
+
+def check(config: Config) -> None:
+    """Raises `ConfigError` for missing files, hardware and software that this run would need."""
+    check_sources(config.data.corpus)
+    runs = [config.base_run()] + ([config.student_run()] if config.distill.enabled else [])
+    for run in runs:
+        deepspeed_config(run)
+        _check_weights(run)
+        _check_device(run)
+    check_server_available()
+
+
+def _check_weights(run: TrainingRun) -> None:
+    if run.model.initial_weights is not None:
+        from flows.model.checkpoint import check_initial_weights  # imports torch, which takes seconds
+
+        check_initial_weights(run.model, run.model_section)
+
+
+def _check_device(run: TrainingRun) -> None:
+    if run.engine.device != Device.cuda and run.model.kernels != Kernels.triton:
+        return
+    import torch
+
+    from kernels.dispatch import unavailable_reason
+
+    if run.engine.device == Device.cuda:
+        count = torch.cuda.device_count()
+        require(
+            count >= run.launcher.num_ranks,
+            "engine.device",
+            run.engine.device,
+            f"needs one GPU for each of launcher.num_ranks={run.launcher.num_ranks}, and {count} can be seen here",
+            "Set engine.device=cpu, or fewer ranks.",
+        )
+    if run.model.kernels == Kernels.triton:
+        device = "cuda" if run.engine.device != Device.cpu and torch.cuda.is_available() else "cpu"
+        if reason := unavailable_reason(run.model.kernels, device, run.model.hidden_size):
+            field = f"{run.model_section}.kernels"
+            raise ConfigError(f"{field}=triton cannot run here: {reason}. Set {field}=auto.")

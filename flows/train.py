@@ -1,0 +1,103 @@
+"""Raw data to a verified model version behind NVIDIA Triton Inference Server, in one command.
+
+    python -m flows.train +experiment=quickstart                  # two CPU cores, five minutes
+    python -m flows.train +experiment=quickstart distill.temperature=3
+    python -m flows.train data=files data.corpus.paths=[corpus/**/*.txt] model=decoder_125m engine=zero1_bf16
+    python -m flows.train +experiment=quickstart --multirun seed=0,1,2
+
+Stages: corpus, tokenizer, tokens -> base -> student -> INT8 of each -> program, quality and latency of every candidate
+-> gates -> model repository entry -> passport (served compared with trained) -> publish -> report. Each one leaves a
+content-addressed artifact and is skipped while that artifact verifies; an interrupted run carries on with the same
+command. `python -m flows.explain` with the same words says what would run and why.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed, State
+
+from flows.artifact import Artifact, ArtifactStore, Stage
+from flows.chain import ChainResult, run_chain
+from flows.compose import compose_config, run_cli
+from flows.config import Config, ConfigError, RunError, to_json
+from flows.preflight import check
+from flows.run_record import RunRecord, report_path, run_dir
+from flows.show_in_prefect import show_in_prefect
+
+logger = logging.getLogger(__name__)
+
+
+@task(cache_policy=NO_CACHE)
+def run_stage(stage: Stage, store: ArtifactStore, found: Artifact | None) -> State[Artifact]:
+    """One library call. The artifact store is the cache: Prefect is told Cached once the bytes have been verified."""
+    if found is not None:
+        return Completed(name="Cached", message="its artifact exists and verifies", data=found)
+    try:
+        return Completed(data=store.make(stage))
+    except (RunError, ConfigError) as error:
+        return Failed(message=f"{stage.name}: {error}")  # worded for the user: a traceback would bury it
+
+
+@flow(name="train", validate_parameters=False)
+def train(overrides: Sequence[str] = (), config: Config | None = None) -> State[None]:
+    """Runs the chain.
+
+    Args:
+        overrides: What a command line would say, composed when the run starts; for deployments.
+        config: A configuration that has been composed already; wins over `overrides`.
+    """
+    try:
+        config = config or compose_config(overrides)
+        check(config)
+        result = _run_chain(config)
+    except (RunError, ConfigError) as error:
+        return Failed(message=str(error))
+    if result.published is None:
+        return Failed(message=f"No candidate passed the gates, so nothing was published. See {report_path(config)}.")
+    released = result.published.metrics
+    return Completed(
+        message=f"{released['model_name']} version {released['version']} is published in {config.publish.model_repo}. "
+        f"Report: {report_path(config)}. Serve it: python -m flows.serve"
+    )
+
+
+def _run_chain(config: Config) -> ChainResult:
+    store = ArtifactStore(config.artifacts_dir / "store")
+    record = RunRecord.load(config)
+
+    def run(stage: Stage) -> Artifact:
+        started = time.monotonic()
+        found, reason = store.find(stage)
+        why = reason if found else record.why_it_runs(stage, reason)
+        logger.info("%s: %s: %s", stage.name, "skipped" if found else "runs", why)
+        as_named = run_stage.with_options(name=stage.name, task_run_name=stage.name)
+        state = as_named(stage, store, found, return_state=True)
+        if not state.is_completed():
+            raise RunError(state.message or f"{stage.name}: {state.name}")
+        artifact: Artifact = state.result()
+        record.add(stage, found is None, why, artifact.key, time.monotonic() - started)
+        return artifact
+
+    result = run_chain(config, run)
+    report_path(config).write_bytes((result.report.path / "report.html").read_bytes())
+    (run_dir(config) / "config.json").write_text(to_json(config))
+    show_in_prefect(result, record)
+    return result
+
+
+def main(config: Config) -> None:
+    """Runs the flow here and now, and says in one line how it ended."""
+    check(config)  # before Prefect starts anything
+    state = train(config=config, return_state=True)
+    if not state.is_completed():
+        raise RunError(state.message or state.name)
+    print(state.message)
+
+
+if __name__ == "__main__":
+    run_cli(main, __doc__)

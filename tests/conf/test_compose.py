@@ -1,0 +1,135 @@
+"""Hydra in, one typed Config out: every file of conf/, every kind of mistake, both ways in."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.compose import CONF_DIR, compose_config
+from flows.config import Config, ConfigError, from_json, to_json, to_plain
+from flows.config.reference import field_references
+
+ROOT = CONF_DIR.parent
+GROUP_FILES = sorted(
+    path for path in CONF_DIR.rglob("*.yaml") if path.parent not in (CONF_DIR, CONF_DIR / "deployment")
+)
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows.train", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=lambda path: str(path.relative_to(CONF_DIR)))
+def test_every_file_composes(path: Path) -> None:
+    group = path.parent.relative_to(CONF_DIR)
+    prefix = "+" if group.name == "experiment" else ""
+    needs = {"files": ["data.corpus.paths=[x.txt]"], "huggingface": ["data.corpus.dataset=x"]}
+    ranks = ["launcher.num_ranks=1"] if group.name == "experiment" else []
+    config = compose_config([f"{prefix}{group}={path.stem}", *needs.get(path.stem, []), *ranks])
+    assert isinstance(config, Config)
+
+
+def test_conf_is_not_empty() -> None:
+    assert {path.parent.name for path in GROUP_FILES} >= {"data", "model", "train", "engine", "launcher", "experiment"}
+
+
+def test_json_round_trip() -> None:
+    config = compose_config(["+experiment=quickstart", "engine.deepspeed={zero_allow_untested_optimizer: true}"])
+    assert from_json(Config, to_json(config)) == config
+
+
+def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
+    overrides = ["+experiment=quickstart", "train.max_steps=7", "seed=3"]
+    printed = command(*overrides, "--cfg", "job")
+    assert printed.returncode == 0, printed.stderr
+    assert yaml.safe_load(printed.stdout) == to_plain(compose_config(overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_step=3", r"train.max_step is not a setting. Did you mean train.max_steps\?"),
+        ("train.optimizer.lr=3", "train.optimizer.lr is not a setting. Settings there: .*learning_rate"),
+        ("train.max_steps=many", "train.max_steps: Value 'many' of type 'str' could not be converted to Integer"),
+        ("train.schedule=step", r"train.schedule: Invalid value 'step', expected one of \[cosine, linear, constant\]"),
+        ("train.max_steps=-1", "train.max_steps=-1 must be greater than 0. Set train.max_steps=1 or more."),
+        ("train.global_batch_size=9", "train.global_batch_size=9 must be a multiple of .* = 8. Set .*=8"),
+        ("model.num_key_value_heads=3", "model.num_key_value_heads=3 must divide model.num_attention_heads=4"),
+        ("engine.zero_stage=4", "engine.zero_stage=4 must be 0, 1, 2 or 3"),
+        ("distill.enabled=false", r"quantize.sources=\['base', 'student'\] names 'student', which this run does not"),
+        ("publish.candidate=best", "publish.candidate=best is not a candidate of this run, which makes"),
+        ("publish.model_name=a/b", "publish.model_name=a/b must be 1-64 letters"),
+        ("verify.lengths=[9999]", r"verify.lengths=\[9999\] must not exceed data.sequence_length=256"),
+        ("data=nope", "data=nope does not exist. Choose one of: files, huggingface, stdlib."),
+        ("+experiment=nope", "experiment=nope does not exist. Choose one of: .*quickstart"),
+        ("data=files", "data.corpus.source=files needs at least one path. Set data.corpus.paths"),
+        ("name=../x", "name=../x must be usable as a directory name"),
+    ],
+)
+def test_mistakes_are_answered_with_field_value_rule_and_remedy(override: str, message: str) -> None:
+    extra = ["engine.precision=bf16"] if override == "engine.zero_stage=0" else []
+    with pytest.raises(ConfigError, match=message):
+        compose_config([override, *extra])
+
+
+def test_bf16_without_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"engine.precision=bf16 cannot be combined with engine.zero_stage=0"):
+        compose_config(["engine.zero_stage=0", "engine.precision=bf16"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.max_step=3"], "error: train.max_step is not a setting"),
+        (["train.max_steps=-1"], "error: train.max_steps=-1 must be greater than 0"),
+        (["--multirun", "train.max_steps=-1,-2"], "error: train.max_steps=-1 must be greater than 0"),
+        (["data=files", "data.corpus.paths=[no/such/*.txt]"], "no/such/*.txt"),
+        (["model.initial_weights=no/such"], "no/such"),
+        (["engine.device=cuda"], "error: engine.device=cuda needs one GPU for each of launcher.num_ranks=1"),
+        (["model.kernels=triton"], "error: model.kernels=triton cannot run here"),
+        (["engine.deepspeed={gradient_clipping: 7}"], "error: engine.deepspeed.gradient_clipping=7 contradicts"),
+    ],
+)
+def test_the_command_line_says_it_in_one_message_and_writes_nothing(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    done = command(*words, f"artifacts_dir={tmp_path}/artifacts", f"publish.model_repo={tmp_path}/repo")
+    seconds = time.monotonic() - started
+    assert done.returncode not in (0, -1)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "multirun.yaml"]
+    print(f"answered in {seconds:.1f} s")
+
+
+def test_help_is_worth_reading() -> None:
+    done = command("--help")
+    assert done.returncode == 0
+    for expected in ("python -m flows.train +experiment=quickstart", "+experiment", "--multirun", "--cfg job"):
+        assert expected in done.stdout
+    for reference in field_references():
+        assert f"  {reference.name} (" in done.stdout
+
+
+def test_every_setting_is_read_by_something() -> None:
+    """No dead keys: each field of the schema is an attribute that some source outside the schema reads."""
+    read = set()
+    for path in [*ROOT.glob("flows/**/*.py"), *ROOT.glob("flows/serving/models/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add((path.parent.name == "config", node.attr))
+    outside = {name for in_schema, name in read if not in_schema}
+    derived = {"head_dim": ["hidden_size"], "gradient_accumulation_steps": ["global_batch_size"]}
+    outside |= {name for source, names in derived.items() if source in outside for name in names}
+    dead = [reference.name for reference in field_references() if reference.name.rpartition(".")[2] not in outside]
+    assert not dead
