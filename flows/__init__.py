@@ -1,1 +1,1 @@
-"""Millrace: raw data to a verified, served model. Verbs are entry points (`python -m flows.train`), nouns are library."""
+"""Millrace: raw data to a verified, served model. Verbs are entry points (`python -m flows.train`), nouns library."""

@@ -1,0 +1,125 @@
+"""The report: one page of HTML that holds all that it shows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from flows.artifact import Artifact
+from flows.config import Config, to_plain
+from flows.evaluation.gates import source_of
+from flows.report import number_format, tables
+from flows.report.figures import SERIES, Curve, Point, curves, plane
+from flows.report.lineage import draw_lineage
+
+TEMPLATES = Path(__file__).parent
+TEMPLATE = "report.html.jinja"
+STYLE_SHEET = "report.css"
+FIGURE_SIZE = (390.0, 250.0)
+WIDE_FIGURE_SIZE = (800.0, 270.0)
+
+
+def render(config: Config, parents: Mapping[str, Artifact]) -> str:
+    """The page.
+
+    Args:
+        config: The run.
+        parents: By role: `corpus`, `tokenizer`, `tokens`, `baselines`, every candidate by its name, `quality:<name>`,
+            `program:<name>`, `latency`, `gates`, and if something was published `entry`, `passport`, `publish`.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {name: getattr(number_format, name) for name in ("size", "count", "duration", "significant")}
+    metrics = {role: artifact.metrics for role, artifact in parents.items()}
+    passport = json.loads((parents["passport"].path / "passport.json").read_text()) if "passport" in parents else None
+    defaults, chosen_settings = (tables.settings(to_plain(one)) for one in (Config(), config))
+    return environment.get_template(TEMPLATE).render(
+        style=Markup((TEMPLATES / STYLE_SHEET).read_text()),
+        config=config,
+        metrics=metrics,
+        rows=metrics["gates"]["candidates"],
+        chosen=next((row for row in metrics["gates"]["candidates"] if row["name"] == metrics["gates"]["chosen"]), None),
+        series=_series(config.candidates),
+        figures=_candidate_figures(config, metrics) | _training_figures(config, metrics),
+        layers={
+            name: tables.layer_grids(metrics[name]["layers"], config.quantize.min_sqnr_db)
+            for name in config.candidates
+            if name not in config.trained_candidates
+        },
+        passport=passport,
+        parity=tables.parity_grid(passport["rows"]) if passport else None,
+        check_counts=tables.check_counts(passport["rows"]) if passport else [],
+        lineage=draw_lineage(parents, config.candidates),
+        times=tables.stage_times(parents, config.candidates),
+        total_seconds=sum(artifact.seconds for artifact in parents.values()),
+        versions=tables.versions_used(parents),
+        settings=chosen_settings,
+        changed={name: value for name, value in chosen_settings.items() if defaults.get(name) != value},
+    )
+
+
+def _series(candidates: Sequence[str]) -> dict[str, int]:
+    """The colour of each candidate: that of the trained model it comes from."""
+    trained = [name for name in candidates if source_of(name) in (None, "base") and not name.endswith("_int8")]
+    origin = {name: name if name in trained else source_of(name) for name in candidates}
+    return {name: trained.index(str(origin[name])) % len(SERIES) for name in candidates}
+
+
+def _candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, Markup]:
+    rows = [row for row in metrics["gates"]["candidates"] if math.isfinite(row["bits_per_byte"])]
+    series = _series(config.candidates)
+    baselines = {
+        "unigram": metrics["baselines"]["unigram_bits_per_byte"],
+        "xz -9": metrics["baselines"]["xz_bits_per_byte"],
+    }
+
+    def against(measure: str, divisor: float, x_label: str) -> Markup:
+        points = [
+            Point(
+                gid=f"{measure}-{row['name']}",
+                label=row["name"],
+                x=row[measure] / divisor,
+                y=row["bits_per_byte"],
+                series=series[row["name"]],
+                quantized=row["name"] not in config.trained_candidates,
+                passed=row["passed"],
+                chosen=row["name"] == metrics["gates"]["chosen"],
+            )
+            for row in rows
+        ]
+        return plane(points, x_label, "bits per byte", baselines, *FIGURE_SIZE)
+
+    return {
+        "size": against("program_bytes", 1e6, "program size, MB"),
+        "latency": against("p50_ms", 1, "p50 latency, ms"),
+    }
+
+
+def _training_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, Markup]:
+    series = _series(config.candidates)
+
+    def over_steps(kinds: Mapping[str, bool], y_label: str, size: tuple[float, float]) -> Markup:
+        lines = []
+        for name in config.trained_candidates:
+            for kind, marked in kinds.items():
+                events = [event for event in metrics[name]["curve"] if kind in event]
+                steps, values = [event["step"] for event in events], [event[kind] for event in events]
+                lines.append(Curve(f"{kind}-{name}", steps, values, series[name], marked))
+        return curves(lines, "step", y_label, *size, from_zero="validation_loss" not in kinds)
+
+    return {
+        "loss": over_steps({"train_loss": False, "validation_loss": True}, "loss, nats per token", WIDE_FIGURE_SIZE),
+        "learning_rate": over_steps({"learning_rate": False}, "learning rate", FIGURE_SIZE),
+        "throughput": over_steps({"tokens_per_s": False}, "tokens per second", FIGURE_SIZE),
+    }

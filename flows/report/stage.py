@@ -1,0 +1,33 @@
+"""Stage `report`: one self-contained HTML page about the run, that a person looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flows.artifact import Artifact, digest_file, digest_json
+from flows.config import Config
+
+REPORT = "report.html"
+
+
+def fingerprint(config: Config) -> str:
+    """Digest of the page's template and style sheet, which are not code of ours to the artifact store."""
+    here = Path(__file__).parent
+    return digest_json({path.name: digest_file(path) for path in sorted(here.glob("report.*"))})
+
+
+def build(directory: Path, config: Config, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
+    """Writes `report.html`, which loads nothing from anywhere; the same parents give the same bytes.
+
+    Args:
+        directory: Where it goes.
+        config: The run.
+        parents: All artifacts of the run, by role; see `flows.report.page.render`.
+    """
+    from flows.report.page import render  # matplotlib is not needed to find a report that exists
+
+    page = render(config, parents).encode()
+    (directory / REPORT).write_bytes(page)
+    return {"bytes": len(page)}
