@@ -125,3 +125,5 @@ def _thaw(node: Any) -> None:
         child = node._get_node(key)
         if OmegaConf.is_config(child):
             _thaw(child)
+    if OmegaConf.get_type(node) is dict:
+        OmegaConf.set_struct(node, False)  # raw keys of others, e.g. engine.deepspeed

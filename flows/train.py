@@ -29,7 +29,7 @@ from flows.preflight import check
 from flows.run_record import RunRecord, report_path, run_dir
 from flows.show_in_prefect import show_in_prefect
 
-logger = logging.getLogger(__name__)
+LOGGER = logging.getLogger("flows")
 
 
 @task(cache_policy=NO_CACHE)
@@ -51,6 +51,7 @@ def train(overrides: Sequence[str] = (), config: Config | None = None) -> State[
         overrides: What a command line would say, composed when the run starts; for deployments.
         config: A configuration that has been composed already; wins over `overrides`.
     """
+    LOGGER.setLevel(logging.INFO)
     try:
         config = config or compose_config(overrides)
         check(config)
@@ -74,7 +75,7 @@ def _run_chain(config: Config) -> ChainResult:
         started = time.monotonic()
         found, reason = store.find(stage)
         why = reason if found else record.why_it_runs(stage, reason)
-        logger.info("%s: %s: %s", stage.name, "skipped" if found else "runs", why)
+        LOGGER.info("%s: %s: %s", stage.name, "skipped" if found else "runs", why)
         as_named = run_stage.with_options(name=stage.name, task_run_name=stage.name)
         state = as_named(stage, store, found, return_state=True)
         if not state.is_completed():
@@ -93,6 +94,9 @@ def _run_chain(config: Config) -> ChainResult:
 def main(config: Config) -> None:
     """Runs the flow here and now, and says in one line how it ended."""
     check(config)  # before Prefect starts anything
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(logging.Formatter("%(asctime)s | %(message)s", "%H:%M:%S"))
+    LOGGER.addHandler(terminal)
     state = train(config=config, return_state=True)
     if not state.is_completed():
         raise RunError(state.message or state.name)

@@ -91,6 +91,8 @@ def _progress(job: TrainingJob, bar: tqdm[Any]) -> Callable[[], None]:
         if validation:
             shown["validation"] = f"{validation[-1]:.3f}"
         bar.set_postfix(shown)
+        if not bar.disable:  # a terminal sees the bar
+            return
         logger.info(
             "step %d of %d: %s", last["step"], job.run.train.max_steps, ", ".join(f"{k} {v}" for k, v in shown.items())
         )

@@ -1,0 +1,94 @@
+"""Stage `corpus`: raw documents to cleaned, deduplicated text in train, validation and test splits."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from flows.artifact import Artifact
+from flows.config.checks import ConfigError
+from flows.config.data import CorpusConfig
+from flows.data import sources
+from flows.data.cleaning import Dropped, usable_text
+
+NAMED_PER_REASON = 5
+"""Dropped documents that the metrics name, for each reason."""
+
+
+def fingerprint(config: CorpusConfig) -> str:
+    """Hex digest of the state of the files or the data set that the documents come from."""
+    return sources.fingerprint(config)
+
+
+def build(directory: Path, config: CorpusConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
+    """Writes `train.parquet`, `validation.parquet` and `test.parquet` with columns `name` and `text`.
+
+    Raises:
+        ConfigError: No document, or fewer than there are splits, is usable; the message counts why.
+    """
+    from flows.data.splits import SplitWriter  # pyarrow is not needed to find a corpus that exists
+
+    read_documents = read_bytes = 0
+    dropped: Counter[Dropped] = Counter()
+    first_dropped: dict[Dropped, list[str]] = {reason: [] for reason in Dropped}
+    writer = SplitWriter(directory, config)
+    with _SeenTexts() as seen, tqdm(desc="corpus", unit="B", unit_scale=True, disable=None) as progress:
+        for document in sources.read_documents(config):
+            read_documents += 1
+            content = document.content
+            if not isinstance(content, Dropped):
+                size = len(content) if isinstance(content, bytes) else len(content.encode(errors="surrogatepass"))
+                read_bytes += size
+                progress.update(size)
+                content = usable_text(content, config)
+            if not isinstance(content, Dropped) and not seen.add(content):
+                content = Dropped.duplicate
+            if isinstance(content, Dropped):
+                dropped[content] += 1
+                if dropped[content] <= NAMED_PER_REASON:
+                    first_dropped[content].append(document.name)
+            else:
+                writer.write(document.name, content)
+    if read_documents == dropped.total():
+        raise ConfigError(_nothing_usable(config, read_documents, dropped))
+    writer.finish()
+    return {
+        "read": {"documents": read_documents, "bytes": read_bytes},
+        "splits": writer.sizes,
+        "dropped": {reason.value: {"documents": dropped[reason], "first": first_dropped[reason]} for reason in Dropped},
+    }
+
+
+def _nothing_usable(config: CorpusConfig, read_documents: int, dropped: Counter[Dropped]) -> str:
+    reasons = ", ".join(f"{count} {reason.value}" for reason, count in dropped.most_common())
+    return (
+        f"data.corpus.source={config.source} gives no usable document: {read_documents} read "
+        f"({reasons or 'nothing there'}). Check what data.corpus.paths or dataset points at, data.corpus.text_field "
+        "and data.corpus.min_document_bytes."
+    )
+
+
+class _SeenTexts:
+    """Remembers texts by digest, in a private file that SQLite deletes, so that memory stays flat."""
+
+    def __enter__(self) -> _SeenTexts:
+        self._database = sqlite3.connect("", isolation_level=None)  # an empty name is a temporary database on disk
+        self._database.execute("PRAGMA synchronous = OFF")
+        self._database.execute("PRAGMA cache_size = -32768")  # in KiB
+        self._database.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._database.execute("BEGIN")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._database.close()
+
+    def add(self, text: str) -> bool:
+        """Whether the text was not there before."""
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1

@@ -1,0 +1,153 @@
+"""Stage `tokens`: cleaned text to memory-mapped shards of token ids, each document closed by the end-of-text token."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from flows.artifact import Artifact, write_json_atomically
+from flows.config.data import EncodeConfig
+from flows.data.splits import SPLITS, read_documents_of
+from flows.data.tokenizer import END_OF_TEXT_ID, load_tokenizer
+
+INDEX = "index.json"
+CONCURRENT_BATCHES = 2
+"""Batches at work at once: one batch's long last document does not leave the other cores idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """Token ids of several documents."""
+
+    documents: list[NDArray[Any]]
+    """Ids of each document, end-of-text token included."""
+    text_bytes: int
+
+
+def build(directory: Path, config: EncodeConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
+    """Writes the shards of every split and `index.json`, which describes them.
+
+    `<split>-<number>.bin` holds raw little-endian ids, `<split>-<number>.documents.npy` the int64 offset of each
+    document's first token. No document straddles two shards.
+    """
+    tokenizer = load_tokenizer(parents["tokenizer"].path)
+    vocab_size = tokenizer.get_vocab_size()
+    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+    corpus = parents["corpus"]
+    total_bytes = sum(split["bytes"] for split in corpus.metrics["splits"].values())
+    splits = {}
+    started = time.perf_counter()
+    with tqdm(desc="encode", total=total_bytes, unit="B", unit_scale=True, disable=None) as progress:
+        for split in SPLITS:
+            writer = _ShardWriter(directory, split, config.shard_bytes)
+            texts = (text for _, text in read_documents_of(corpus.path, split))
+            for batch in encode_batches(tokenizer, texts, config.batch_bytes, dtype):
+                writer.write(batch)
+                progress.update(batch.text_bytes)
+            splits[split] = writer.finish()
+    seconds = time.perf_counter() - started
+    index = {
+        "dtype": dtype.name,
+        "vocab_size": vocab_size,
+        "eos_token_id": END_OF_TEXT_ID,
+        "splits": splits,
+    }
+    write_json_atomically(directory / INDEX, index)
+    sizes = {
+        split: {name: value for name, value in entry.items() if name != "shards"} for split, entry in splits.items()
+    }
+    return {
+        "splits": sizes,
+        "bytes_per_token": total_bytes / sum(entry["tokens"] for entry in sizes.values()),
+        "megabytes_per_second": total_bytes / 1e6 / seconds,
+    }
+
+
+def encode_batches(
+    tokenizer: Tokenizer, texts: Iterable[str], batch_bytes: int, dtype: np.dtype[Any]
+) -> Iterator[EncodedBatch]:
+    """Yields the texts' token ids in order, while the next batches are read and encoded by the tokenizer's threads."""
+    with ThreadPoolExecutor(CONCURRENT_BATCHES) as pool:
+        at_work: deque[Future[EncodedBatch]] = deque()
+        for batch, size in _batches(texts, batch_bytes):
+            at_work.append(pool.submit(_encode, tokenizer, batch, size, dtype))
+            if len(at_work) > CONCURRENT_BATCHES:
+                yield at_work.popleft().result()
+        while at_work:
+            yield at_work.popleft().result()
+
+
+def _batches(texts: Iterable[str], batch_bytes: int) -> Iterator[tuple[list[str], int]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text.encode())
+        if size >= batch_bytes:
+            yield batch, size
+            batch, size = [], 0
+    if batch:
+        yield batch, size
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str], text_bytes: int, dtype: np.dtype[Any]) -> EncodedBatch:
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return EncodedBatch([np.array([*encoding.ids, END_OF_TEXT_ID], dtype) for encoding in encodings], text_bytes)
+
+
+class _ShardWriter:
+    """Appends documents to a split's shards; a shard is closed by the document that takes it to its size."""
+
+    def __init__(self, directory: Path, split: str, shard_bytes: int) -> None:
+        self._directory = directory
+        self._split = split
+        self._shard_bytes = shard_bytes
+        self._text_bytes = 0
+        self._shards: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+        self._starts = array("q")
+        self._tokens = 0
+
+    def write(self, batch: EncodedBatch) -> None:
+        self._text_bytes += batch.text_bytes
+        for ids in batch.documents:
+            if self._file is None:
+                self._file = (self._directory / f"{self._name}.bin").open("wb")
+            self._file.write(ids.data)
+            self._starts.append(self._tokens)
+            self._tokens += len(ids)
+            if self._tokens * ids.itemsize >= self._shard_bytes:
+                self._close_shard()
+
+    def finish(self) -> dict[str, Any]:
+        """Closes the last shard; returns the split's entry of the index."""
+        self._close_shard()
+        return {
+            "tokens": sum(shard["tokens"] for shard in self._shards),
+            "documents": sum(shard["documents"] for shard in self._shards),
+            "bytes": self._text_bytes,
+            "shards": self._shards,
+        }
+
+    @property
+    def _name(self) -> str:
+        return f"{self._split}-{len(self._shards):05d}"
+
+    def _close_shard(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        np.save(self._directory / f"{self._name}.documents.npy", np.array(self._starts, "<i8"))
+        self._shards.append({"file": f"{self._name}.bin", "tokens": self._tokens, "documents": len(self._starts)})
+        self._file, self._starts, self._tokens = None, array("q"), 0

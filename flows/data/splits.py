@@ -1,0 +1,118 @@
+"""The train, validation and test documents on disk: which document belongs where, how they are written and read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flows.config.checks import ConfigError
+from flows.config.data import CorpusConfig
+
+SPLITS = ("train", "validation", "test")
+ROW_GROUP_BYTES = 8_388_608
+"""Text held in memory before it is written, and read at once."""
+SCHEMA = pa.schema([("name", pa.string()), ("text", pa.string())])
+
+
+def read_documents_of(directory: Path, split: str) -> Iterator[tuple[str, str]]:
+    """Iterates over (name, text) of a split of a corpus artifact, at most one row group in memory."""
+    with pq.ParquetFile(directory / f"{split}.parquet", memory_map=True) as file:
+        for index in range(file.num_row_groups):
+            rows = file.read_row_group(index, use_threads=False)
+            yield from zip(rows["name"].to_pylist(), rows["text"].to_pylist(), strict=True)
+
+
+def split_by_name(name: str, config: CorpusConfig) -> str:
+    """The split that the name's hash falls into: it stays the same when other documents come or go."""
+    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+    if share < config.test_fraction:
+        return "test"
+    return "validation" if share < config.test_fraction + config.validation_fraction else "train"
+
+
+class SplitWriter:
+    """Writes documents into one parquet file per split; no split with a share of the corpus stays empty.
+
+    As many documents as there are such splits are held back until the end. Each then goes where its name's hash says,
+    unless a split would have none: it gets the last one held back whose own split has another.
+    """
+
+    def __init__(self, directory: Path, config: CorpusConfig) -> None:
+        self._config = config
+        shares = {"train": 1.0, "validation": config.validation_fraction, "test": config.test_fraction}
+        self._wanted = [split for split in SPLITS if shares[split] > 0]
+        self._held: list[tuple[str, str]] = []
+        self._files = {split: _ParquetWriter(directory / f"{split}.parquet") for split in SPLITS}
+
+    @property
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Documents and bytes of text in each split, by split."""
+        return {split: {"documents": file.documents, "bytes": file.bytes} for split, file in self._files.items()}
+
+    def write(self, name: str, text: str) -> None:
+        """Adds a document."""
+        if len(self._held) < len(self._wanted):
+            self._held.append((name, text))
+        else:
+            self._files[split_by_name(name, self._config)].write(name, text)
+
+    def finish(self) -> None:
+        """Writes what was held back and closes the files.
+
+        Raises:
+            ConfigError: There are fewer documents than splits to fill.
+        """
+        if 0 < len(self._held) < len(self._wanted):
+            raise ConfigError(
+                f"data.corpus.validation_fraction={self._config.validation_fraction} with "
+                f"test_fraction={self._config.test_fraction} needs at least {len(self._wanted)} usable documents, one "
+                f"for each split; there are {len(self._held)}. Give more documents, cut a long text file into several "
+                "by setting data.corpus.max_document_bytes, or set a fraction to 0."
+            )
+        chosen = [split_by_name(name, self._config) for name, _ in self._held]
+        for split in self._wanted:
+            if not self._documents_in(split, chosen):
+                donor = max(i for i, other in enumerate(chosen) if self._documents_in(other, chosen) > 1)
+                chosen[donor] = split
+        for (name, text), split in zip(self._held, chosen, strict=True):
+            self._files[split].write(name, text)
+        for file in self._files.values():
+            file.close()
+
+    def _documents_in(self, split: str, chosen: list[str]) -> int:
+        return self._files[split].documents + chosen.count(split)
+
+
+class _ParquetWriter:
+    """Buffers rows up to `ROW_GROUP_BYTES` of text."""
+
+    def __init__(self, path: Path) -> None:
+        self.documents = 0
+        self.bytes = 0
+        self._file = pq.ParquetWriter(path, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False)
+        self._names: list[str] = []
+        self._texts: list[str] = []
+        self._buffered_bytes = 0
+
+    def write(self, name: str, text: str) -> None:
+        size = len(text.encode())
+        self.documents += 1
+        self.bytes += size
+        self._names.append(name)
+        self._texts.append(text)
+        self._buffered_bytes += size
+        if self._buffered_bytes >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._file.close()
+
+    def _flush(self) -> None:
+        if self._names:
+            self._file.write_table(pa.table([self._names, self._texts], schema=SCHEMA))
+        self._names, self._texts, self._buffered_bytes = [], [], 0

@@ -1,0 +1,97 @@
+"""Stage `tokenizer`: a byte-level BPE vocabulary, trained on text spread evenly over the train split."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from flows.artifact import Artifact
+from flows.config.data import TokenizerConfig
+from flows.data.splits import read_documents_of
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
+MAX_PIECE_CHARACTERS = 65_536
+
+
+def build(directory: Path, config: TokenizerConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
+    """Writes `tokenizer.json` and `token_bytes.npy` (int64 [vocab]: UTF-8 bytes that each token stands for).
+
+    A corpus too small for `vocab_size` gives fewer tokens; the metric `vocab_size` says how many.
+    """
+    corpus = parents["corpus"]
+    texts = (text for _, text in read_documents_of(corpus.path, "train"))
+    tokenizer = trained_tokenizer(
+        spread_sample(texts, corpus.metrics["splits"]["train"]["bytes"], config.sample_bytes), config
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    lengths = bytes_per_token(tokenizer)
+    np.save(directory / "token_bytes.npy", lengths)
+    return {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "requested_vocab_size": config.vocab_size,
+        "longest_token_bytes": int(lengths.max()),
+    }
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of an artifact, set to take text that spells a special token as the ordinary text it is."""
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def trained_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """A byte-level BPE tokenizer that loses nothing: text is split as for GPT-2 and every byte has a token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        min_frequency=config.min_frequency,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def spread_sample(texts: Iterable[str], total_bytes: int, sample_bytes: int) -> Iterator[str]:
+    """Yields pieces of the texts, at most `sample_bytes` in all, spread evenly over them.
+
+    Args:
+        texts: The texts in order.
+        total_bytes: UTF-8 bytes of all of them.
+        sample_bytes: Bound on the UTF-8 bytes of all pieces together; all text is yielded whole if it fits.
+    """
+    if total_bytes <= sample_bytes:
+        yield from texts
+        return
+    piece_characters = min(MAX_PIECE_CHARACTERS, max(1, sample_bytes // 64))
+    seen_bytes = taken_bytes = 0
+    for text in texts:
+        for start in range(0, len(text), piece_characters):
+            piece = text[start : start + piece_characters]
+            size = len(piece.encode())
+            seen_bytes += size
+            if (taken_bytes + size) * total_bytes <= seen_bytes * sample_bytes:
+                taken_bytes += size
+                yield piece
+
+
+def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """UTF-8 bytes that each token stands for, int64 [vocab]; 0 for special tokens.
+
+    A byte-level token is spelt with one character for each of its bytes.
+    """
+    lengths = np.zeros(tokenizer.get_vocab_size(), np.int64)
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    for token, index in tokenizer.get_vocab().items():
+        lengths[index] = 0 if token in special else len(token)
+    return lengths

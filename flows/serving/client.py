@@ -1,0 +1,137 @@
+# mypy: disable-error-code="no-untyped-call, import-untyped"
+"""One client for both transports of the inference server."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import tritonclient.grpc  # has no types
+import tritonclient.http
+from numpy.typing import NDArray
+
+TIMEOUT_S = 120.0
+TYPES = {"max_tokens": np.int32, "temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.int64}
+
+
+class Transport(StrEnum):
+    """How requests travel."""
+
+    http = "http"
+    grpc = "grpc"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the text model answers."""
+
+    text: str
+    finish_reason: str
+    """`stop`: end of text or a stop string; `length`: as many tokens as asked for."""
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Client:
+    """A connection; use it from one thread.
+
+    Args:
+        transport: HTTP or gRPC.
+        address: `host:port` of that transport.
+    """
+
+    def __init__(self, transport: Transport, address: str) -> None:
+        self.transport = transport
+        self._grpc = transport is Transport.grpc
+        self._module = tritonclient.grpc if self._grpc else tritonclient.http
+        timeouts = {} if self._grpc else {"connection_timeout": TIMEOUT_S, "network_timeout": TIMEOUT_S}
+        self._client = self._module.InferenceServerClient(address, **timeouts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def scores(
+        self, model: str, ids_BL: NDArray[np.int64], mask_BL: NDArray[np.int64], version: str = ""
+    ) -> NDArray[np.float32]:
+        """Scores [B, V] of the token after each row's last real one.
+
+        Args:
+            model: Name of the scores model.
+            ids_BL: Token ids.
+            mask_BL: 1 for real tokens, 0 for padding on either side.
+            version: Empty = the newest.
+
+        Raises:
+            tritonclient.utils.InferenceServerException: The server refuses the request.
+        """
+        result = self._infer(model, version, {"input_ids": ids_BL, "attention_mask": mask_BL})
+        logits: NDArray[np.float32] = result.as_numpy("logits")
+        return logits
+
+    def generate(
+        self,
+        model: str,
+        text: str,
+        *,
+        version: str = "",
+        stop: Sequence[str] = (),
+        options: Mapping[str, float] | None = None,
+    ) -> Completion:
+        """The model's continuation of a text.
+
+        Args:
+            model: Name of the text model.
+            text: Prompt.
+            version: Empty = the newest.
+            stop: The continuation ends before the first of these.
+            options: Any of max_tokens, temperature, top_k, top_p, seed.
+
+        Raises:
+            tritonclient.utils.InferenceServerException: The server refuses the request.
+        """
+        inputs: dict[str, NDArray[Any]] = {"text_input": np.array([[text.encode()]], dtype=np.object_)}
+        inputs |= {name: np.array([[value]], dtype=TYPES[name]) for name, value in (options or {}).items()}
+        if stop:
+            inputs["stop"] = np.array([[one.encode() for one in stop]], dtype=np.object_)
+        result = self._infer(model, version, inputs)
+        return Completion(
+            text=result.as_numpy("text_output")[0, 0].decode(),
+            finish_reason=result.as_numpy("finish_reason")[0, 0].decode(),
+            prompt_tokens=int(result.as_numpy("prompt_tokens")[0, 0]),
+            completion_tokens=int(result.as_numpy("completion_tokens")[0, 0]),
+        )
+
+    def executed_batches(self, model: str) -> Counter[int]:
+        """How many batches of each size the server has run so far."""
+        as_json = {"as_json": True} if self._grpc else {}
+        answer = self._client.get_inference_statistics(model, **as_json)
+        batches: Counter[int] = Counter()
+        for version in answer["model_stats"]:
+            for entry in version.get("batch_stats", []):
+                batches[int(entry["batch_size"])] += int(entry["compute_infer"]["count"])
+        return batches
+
+    def server_version(self) -> str:
+        """Version of the inference server."""
+        metadata = self._client.get_server_metadata()
+        return str(metadata.version if self._grpc else metadata["version"])
+
+    def _infer(self, model: str, version: str, inputs: dict[str, NDArray[Any]]) -> Any:
+        tensors = []
+        for name, values in inputs.items():
+            datatype = tritonclient.utils.np_to_triton_dtype(values.dtype)
+            tensor = self._module.InferInput(name, list(values.shape), datatype)
+            tensor.set_data_from_numpy(values)
+            tensors.append(tensor)
+        timeout = {"client_timeout": TIMEOUT_S} if self._grpc else {}
+        return self._client.infer(model, tensors, model_version=version, **timeout)

@@ -1,0 +1,255 @@
+"""A real inference server on a model repository: started, watched, stopped, and nothing of it left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import resource
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from flows.config import ConfigError
+from flows.serving.installation import Installation, ServerError, prepare_installation
+
+SHARED_MEMORY_DIR = Path("/dev/shm")
+PREFIX = "millrace-server"
+POLL_INTERVAL_S = 0.05
+KILL_GRACE_S = 5
+"""The server gets this long beyond `exit_timeout_s` between SIGTERM and SIGKILL."""
+STACK_BYTES = 512 << 20
+"""2.51 keeps a request's JSON body on the stack: with the usual 8 MB, a body of 5 MB ends the server."""
+LAST_LINES = 12
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)
+
+
+class InferenceServer:
+    """Serves the given models of a repository while the `with` block runs.
+
+    Args:
+        repository: Model repository.
+        models: Names of the models to load; later ones may call earlier ones.
+        log_path: Where the server's own log goes.
+        host: Address to bind.
+        http_port: 0 = any free port, here and below.
+        grpc_port: See `http_port`.
+        metrics_port: See `http_port`.
+        startup_timeout_s: Seconds until the models have to be ready.
+        exit_timeout_s: Seconds given to requests in flight on the way out.
+
+    Raises:
+        ConfigError: A port is taken.
+        ServerError: No server is installed, or it did not come up; the message holds its last lines.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        models: Sequence[str],
+        log_path: Path,
+        *,
+        host: str = "127.0.0.1",
+        http_port: int = 0,
+        grpc_port: int = 0,
+        metrics_port: int = 0,
+        startup_timeout_s: float = 120,
+        exit_timeout_s: int = 10,
+    ) -> None:
+        self.repository = repository.absolute()
+        self.models = list(models)
+        self.log_path = log_path
+        self.host = host
+        self._wanted_ports = {"http_port": http_port, "grpc_port": grpc_port, "metrics_port": metrics_port}
+        self._ports = dict(self._wanted_ports)
+        self._startup_timeout_s = startup_timeout_s
+        self._exit_timeout_s = exit_timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._shared_memory_prefix = f"{PREFIX}-{os.getpid()}-{secrets.token_hex(4)}-"
+        self._runtime_dir: Path | None = None
+
+    @property
+    def http_address(self) -> str:
+        """`host:port` of the HTTP endpoint."""
+        return f"{self.host}:{self._ports['http_port']}"
+
+    @property
+    def grpc_address(self) -> str:
+        """`host:port` of the gRPC endpoint."""
+        return f"{self.host}:{self._ports['grpc_port']}"
+
+    @property
+    def metrics_address(self) -> str:
+        """`host:port` of the Prometheus metrics."""
+        return f"{self.host}:{self._ports['metrics_port']}"
+
+    def __enter__(self) -> Self:
+        _sweep_after_dead_owners()
+        self._ports = _choose_ports(self.host, self._wanted_ports)
+        self._runtime_dir = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{os.getpid()}-"))
+        try:
+            self._start(prepare_installation(self._runtime_dir))
+            self._wait_until_ready()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def check_running(self) -> None:
+        """Raises `ServerError` with the server's last lines if its process has ended."""
+        if self._process is not None and (code := self._process.poll()) is not None:
+            raise ServerError(
+                f"The inference server ended with exit code {code}. Its last lines, from {self.log_path}:\n"
+                f"{_last_lines(self.log_path)}"
+            )
+
+    def load(self, model: str) -> None:
+        """Loads what is new of a model; versions that are being served stay until the new ones are ready.
+
+        Raises:
+            ServerError: The server cannot load it; what was served before still is.
+        """
+        try:
+            self._post(f"v2/repository/models/{model}/load")
+        except urllib.error.HTTPError as error:
+            reason = json.loads(error.read() or b"{}").get("error", str(error))
+            raise ServerError(f"The inference server cannot load {model!r}: {reason}") from error
+
+    def ready_versions(self, model: str) -> list[int]:
+        """Versions of a model that answer requests, in rising order."""
+        entries: list[dict[str, Any]] = json.loads(self._post("v2/repository/index"))
+        ready = [entry for entry in entries if entry["name"] == model and entry.get("state") == "READY"]
+        return sorted(int(entry["version"]) for entry in ready)
+
+    def _post(self, path: str) -> bytes:
+        request = urllib.request.Request(f"http://{self.http_address}/{path}", data=b"{}", method="POST")
+        with urllib.request.urlopen(request, timeout=self._startup_timeout_s) as response:
+            body: bytes = response.read()
+        return body
+
+    def _start(self, installation: Installation) -> None:
+        command = [
+            str(installation.binary),
+            f"--model-repository={self.repository}",
+            "--model-control-mode=explicit",  # polling loads half-written versions, and twice
+            *(f"--load-model={model}" for model in self.models),
+            "--disable-auto-complete-config",
+            f"--http-address={self.host}",
+            f"--grpc-address={self.host}",
+            f"--metrics-address={self.host}",
+            f"--http-port={self._ports['http_port']}",
+            f"--grpc-port={self._ports['grpc_port']}",
+            f"--metrics-port={self._ports['metrics_port']}",
+            f"--exit-timeout-secs={self._exit_timeout_s}",
+            f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
+            *installation.arguments,
+        ]
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=dict(installation.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_in_server_process,
+            )
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self._startup_timeout_s
+        while time.monotonic() < deadline:
+            self.check_running()
+            try:
+                with urllib.request.urlopen(f"http://{self.http_address}/v2/health/ready", timeout=2) as response:
+                    if response.status == 200:
+                        return
+            except OSError:
+                pass
+            time.sleep(POLL_INTERVAL_S)
+        raise ServerError(
+            f"The inference server was not ready after serve.startup_timeout_s={self._startup_timeout_s}. Raise it "
+            f"if the models are large. Its last lines, from {self.log_path}:\n{_last_lines(self.log_path)}"
+        )
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):  # an open gRPC stream can hold it for ever
+                    self._process.wait(self._exit_timeout_s + KILL_GRACE_S)
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # what is left of it and of its models' processes
+            self._process.wait()
+        _unlink(SHARED_MEMORY_DIR.glob(f"{self._shared_memory_prefix}*"))
+        if self._runtime_dir is not None:
+            shutil.rmtree(self._runtime_dir, ignore_errors=True)
+
+
+def _in_server_process() -> None:
+    """Between fork and exec: the server ends with us, whatever ends us, and has room for large requests."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    soft = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_STACK, (soft, hard))
+
+
+def _choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
+    """Every port as wanted, or a free one for 0."""
+    chosen, sockets = {}, []
+    try:
+        for name, port in wanted.items():
+            listener = socket.socket()
+            sockets.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host, port))
+                listener.listen()  # a bound port counts as taken only once somebody listens
+            except OSError as error:
+                raise ConfigError(
+                    f"serve.{name}={port} cannot be bound on {host}: {error.strerror}. Stop what uses it, or set "
+                    f"serve.{name}=0 for any free port."
+                ) from error
+            chosen[name] = listener.getsockname()[1]
+    finally:
+        for listener in sockets:
+            listener.close()
+    return chosen
+
+
+def _last_lines(log_path: Path) -> str:
+    lines = log_path.read_text(errors="replace").strip().splitlines() if log_path.exists() else []
+    told = [line for line in lines if re.match(r"[EF]\d{4} |error:|\w*(Error|Exception)\b", line)]
+    return "\n".join(f"  | {line}" for line in (told or lines)[-LAST_LINES:])
+
+
+def _sweep_after_dead_owners() -> None:
+    """Removes what servers of processes that were killed left in shared memory and the temporary directory."""
+    for directory in (SHARED_MEMORY_DIR, Path(tempfile.gettempdir())):
+        for path in directory.glob(f"{PREFIX}-*"):
+            owner = re.match(rf"{PREFIX}-(\d+)-", path.name)
+            if owner and not Path("/proc", owner[1]).exists():
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else _unlink([path])
+
+
+def _unlink(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
