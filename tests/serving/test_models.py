@@ -1,0 +1,183 @@
+"""What the two served models answer, asked of a real server."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from flows.serving.client import Client, Transport
+from flows.serving.server import InferenceServer
+from tests.serving import tiny_model
+from tests.serving.tiny_chain import EXPORT, NAME
+
+pytestmark = pytest.mark.server
+TEXT = f"{NAME}_text"
+LENGTH = tiny_model.SEQUENCE_LENGTH
+
+
+@pytest.fixture(params=list(Transport))
+def client(server: InferenceServer, request: pytest.FixtureRequest) -> Iterator[Client]:
+    address = server.http_address if request.param is Transport.http else server.grpc_address
+    with Client(request.param, address) as connected:
+        yield connected
+
+
+def post(server: InferenceServer, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(f"http://{server.http_address}/v2/models/{path}", json.dumps(body).encode())
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def ones(ids: np.ndarray) -> np.ndarray:
+    return np.ones_like(ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[1, tiny_model.VOCAB_SIZE]], [[1, 1]], rf"contains {tiny_model.VOCAB_SIZE}: ids must lie between 0 and"),
+        ([[1, -1]], [[1, 1]], "contains -1: ids must lie between 0 and"),
+        ([[1] * (LENGTH + 1)], [[1] * (LENGTH + 1)], f"has {LENGTH + 1} tokens a row: it must have 1 to {LENGTH}"),
+        ([[1, 2, 3]], [[1, 0, 1]], "one block of ones"),
+        ([[1, 2]], [[0, 0]], "one block of ones"),
+        ([[1, 2]], [[2, 2]], "one block of ones"),
+        ([[1, 2]], [[1]], r"attention_mask has shape \(1, 1\), not \(1, 2\)"),
+        ([[]], [[]], "has 0 tokens a row"),
+        ([[1]] * (EXPORT.max_batch_size + 1), [[1]] * (EXPORT.max_batch_size + 1), "batch-size must be <= "),
+    ],
+)
+def test_bad_ids_are_refused(client: Client, ids: list[list[int]], mask: list[list[int]], message: str) -> None:
+    with pytest.raises(InferenceServerException, match=message):
+        client.scores(NAME, np.array(ids, np.int64), np.array(mask, np.int64))
+
+
+def test_wrong_type_is_refused(server: InferenceServer) -> None:
+    tensor = {"datatype": "FP32", "shape": [1, 1], "data": [1.0]}
+    code, answer = post(
+        server, f"{NAME}/infer", {"inputs": [{"name": n, **tensor} for n in ("input_ids", "attention_mask")]}
+    )
+    assert (code, "data-type" in answer["error"]) == (400, True), answer
+
+
+def test_bad_requests_do_not_disturb_their_neighbours(server: InferenceServer) -> None:
+    good = np.array([[5, 6, 7]], np.int64)
+    bad = np.array([[5, 6, 7, tiny_model.VOCAB_SIZE]], np.int64)
+
+    def ask(ids: np.ndarray) -> list[Any]:
+        answers: list[Any] = []
+        with Client(Transport.grpc, server.grpc_address) as client:
+            for _ in range(30):
+                try:
+                    answers.append(client.scores(NAME, ids, ones(ids)))
+                except InferenceServerException as error:
+                    answers.append(error.message())
+        return answers
+
+    with Client(Transport.http, server.http_address) as client, ThreadPoolExecutor(6) as pool:
+        alone = client.scores(NAME, good, ones(good))
+        before = client.executed_batches(NAME)
+        answers = list(pool.map(ask, [good, bad] * 3))
+        together = client.executed_batches(NAME) - before
+    assert max(together) > 1, "the server never put two requests into one batch"
+    largest = float(np.abs(alone).max())
+    for scores in (one for group in answers[0::2] for one in group):
+        # padding to the length of a neighbour changes the order of sums, no more: some units in the last place
+        assert np.abs(scores - alone).max() <= 64 * np.finfo(np.float32).eps * largest
+    assert all("ids must lie between" in one for group in answers[1::2] for one in group)
+
+
+PROMPTS = ["", "def", "return self.value", "x" * 100, "äußern \U0001f600", "\n", "class A:\n    def"]
+
+
+def test_texts_together_equal_texts_alone(server: InferenceServer) -> None:
+    def ask(number: int) -> Any:
+        options = {"max_tokens": 3 + number, "temperature": float(number % 2), "seed": number}
+        with Client(Transport.grpc, server.grpc_address) as client:
+            return client.generate(TEXT, PROMPTS[number], options=options)
+
+    numbers = list(range(len(PROMPTS)))
+    alone = [ask(number) for number in numbers]
+    with Client(Transport.http, server.http_address) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
+        before = client.executed_batches(TEXT)
+        for _ in range(5):
+            assert list(pool.map(ask, numbers)) == alone
+            if max(formed := client.executed_batches(TEXT) - before) > 1:
+                break
+    assert max(formed) > 1, "the server never put two texts into one batch"
+    assert [one.completion_tokens for one in alone] == [3 + number for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": EXPORT.max_new_tokens + 1}, f"max_tokens is {EXPORT.max_new_tokens + 1}: it must lie between"),
+        ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"temperature": -1.0}, "temperature is -1.0: it must be 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0: it must be above 0"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_bad_options_are_refused(client: Client, options: dict[str, float], message: str) -> None:
+    with pytest.raises(InferenceServerException, match=message):
+        client.generate(TEXT, "def", options=options)
+
+
+def test_bytes_that_are_no_text_are_refused(server: InferenceServer) -> None:
+    import tritonclient.http as http
+
+    tensor = http.InferInput("text_input", [1, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[b"\xff\xfe"]], dtype=np.object_))
+    connection = http.InferenceServerClient(server.http_address)
+    with pytest.raises(InferenceServerException, match="text_input is not UTF-8"):
+        connection.infer(TEXT, [tensor])
+    connection.close()
+
+
+def test_generate_endpoint_takes_plain_json(server: InferenceServer) -> None:
+    code, answer = post(server, f"{TEXT}/generate", {"text_input": "def ", "max_tokens": 5})
+    assert code == 200
+    assert (answer["finish_reason"], answer["completion_tokens"]) == ("length", 5)
+    code, longer = post(server, f"{TEXT}/generate", {"text_input": "def ", "max_tokens": 12, "temperature": 0})
+    assert longer["text_output"].startswith(answer["text_output"].rstrip("\ufffd"))
+    code, answer = post(server, f"{TEXT}/generate", {"max_tokens": 5})
+    assert (code, answer["error"]) == (400, "text_input is missing")
+
+
+def test_stop_string_ends_the_text_before_it(client: Client) -> None:
+    for seed in range(100):  # until the random model writes a letter behind the third place
+        options = {"max_tokens": 60, "temperature": 2.0, "seed": seed}
+        whole = client.generate(TEXT, "return", options=options)
+        if stop := next((one for one in whole.text[3:] if one.isascii() and one not in whole.text[:3]), ""):
+            break
+    cut = client.generate(TEXT, "return", stop=["not in it", stop], options=options)
+    assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert cut.completion_tokens < whole.completion_tokens
+
+
+def test_one_candidate_makes_sampling_greedy(client: Client) -> None:
+    greedy = client.generate(TEXT, "def", options={"max_tokens": 8})
+    assert client.generate(TEXT, "def", options={"max_tokens": 8, "temperature": 3.0, "top_k": 1}) == greedy
+
+
+def test_no_seed_gives_other_samples(client: Client) -> None:
+    texts = {client.generate(TEXT, "def", options={"max_tokens": 16, "temperature": 5.0}).text for _ in range(3)}
+    assert len(texts) > 1
+
+
+def test_longest_text_goes_on_beyond_the_context(client: Client) -> None:
+    answer = client.generate(TEXT, "def " * LENGTH, options={"max_tokens": EXPORT.max_new_tokens})
+    assert EXPORT.max_new_tokens > LENGTH
+    assert answer.finish_reason == "stop" or answer.completion_tokens == EXPORT.max_new_tokens

@@ -1,0 +1,64 @@
+"""What the stages of serving read and write, for a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flows.artifact import Artifact
+from flows.config.serving import EntryConfig, ExportConfig, PassportConfig, VerifyConfig
+from flows.serving import entry, verify
+from tests.serving import tiny_model
+
+NAME = "tiny"
+EXPORT = ExportConfig(max_batch_size=3, max_new_tokens=64, threads=1)
+ENTRY = EntryConfig(model_name=NAME, keep_versions=2, sequence_length=tiny_model.SEQUENCE_LENGTH, export=EXPORT)
+PASSPORT = PassportConfig(
+    model_name=NAME,
+    sequence_length=tiny_model.SEQUENCE_LENGTH,
+    seed=0,
+    export=EXPORT,
+    verify=VerifyConfig(lengths=(1, 2, 17), real_inputs=4, text_prompts=3, text_new_tokens=8),
+)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Artifacts of one candidate, from tokenizer to entry."""
+
+    tokens: Artifact
+    tokenizer: Artifact
+    model: Artifact
+    program: Artifact
+    entry: Artifact
+
+    @property
+    def passport_parents(self) -> Mapping[str, Artifact]:
+        return {role: getattr(self, role) for role in ("tokens", "tokenizer", "model", "program", "entry")}
+
+
+def build_entry(directory: Path, program: Artifact, config: EntryConfig = ENTRY) -> Artifact:
+    directory.mkdir(parents=True)
+    entry.build(directory, config, {"program": program})
+    return tiny_model.artifact("entry", directory)
+
+
+def build_chain(root: Path, seed: int) -> Chain:
+    artifact = tiny_model.artifact
+    tokenizer = tiny_model.make_tokenizer(root / "tokenizer")
+    checkpoint = tiny_model.make_checkpoint(root / "model", tokenizer, seed)
+    program = artifact("program", tiny_model.make_program(root / "program", checkpoint))
+    return Chain(
+        tokens=artifact("tokens", tiny_model.make_tokens(root / "tokens")),
+        tokenizer=artifact("tokenizer", tokenizer),
+        model=artifact("model", checkpoint),
+        program=program,
+        entry=build_entry(root / "entry", program),
+    )
+
+
+def make_passport(directory: Path, chain: Chain) -> Artifact:
+    directory.mkdir(parents=True)
+    metrics = verify.build(directory, PASSPORT, chain.passport_parents)
+    return replace(tiny_model.artifact("passport", directory), metrics=metrics)
