@@ -44,7 +44,7 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
     if config.distill.enabled:
         teacher = {"teacher": models["base"]}
         models["student"] = run(Stage("student", "flows.training.stage", config.student_run(), {**data, **teacher}))
-    for source in config.quantize.sources if config.quantize.enabled else ():
+    for source in config.quantized_sources:
         made_from = {"model": models[source]}
         models[f"{source}_int8"] = run(
             Stage(f"{source}_int8", "flows.compression.quantize", config.quantize, made_from)

@@ -93,11 +93,14 @@ def explain_error(error: BaseException) -> str:
 
 def _nearest_settings(name: str) -> str:
     known = [reference.name for reference in field_references()]
-    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
-        return f"Did you mean {close[0]}?"
-    section = name.rpartition(".")[0]
-    siblings = [other for other in known if other.rpartition(".")[0] == section]
-    return f"Settings there: {', '.join(siblings)}." if siblings else "See --help for all settings."
+    section, _, leaf = name.rpartition(".")
+    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+    if close := difflib.get_close_matches(leaf, siblings, n=1):
+        return f"Did you mean {section}.{close[0]}?".replace(" .", " ")
+    if siblings:
+        return f"Settings there: {', '.join(siblings)}."
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]}?" if close else "See --help for all settings."
 
 
 def _to_config(composed: DictConfig) -> Config:

@@ -61,7 +61,7 @@ def launch_ranks(
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     ranks: list[_Rank] = []
-    port = _free_port()
+    port = free_port()
     try:
         for number in range(config.num_ranks):
             ranks.append(_start_rank(number, module, argument, config, log_dir, port))
@@ -112,7 +112,8 @@ def threads_per_rank(config: LauncherConfig) -> int:
     return config.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // config.num_ranks)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -28,6 +28,7 @@ from flows.config import Config, ConfigError, RunError, to_json
 from flows.preflight import check
 from flows.run_record import RunRecord, report_path, run_dir
 from flows.show_in_prefect import show_in_prefect
+from flows.temporary_server import start_prefect_api
 
 LOGGER = logging.getLogger("flows")
 
@@ -94,9 +95,7 @@ def _run_chain(config: Config) -> ChainResult:
 def main(config: Config) -> None:
     """Runs the flow here and now, and says in one line how it ended."""
     check(config)  # before Prefect starts anything
-    terminal = logging.StreamHandler()
-    terminal.setFormatter(logging.Formatter("%(asctime)s | %(message)s", "%H:%M:%S"))
-    LOGGER.addHandler(terminal)
+    start_prefect_api()
     state = train(config=config, return_state=True)
     if not state.is_completed():
         raise RunError(state.message or state.name)

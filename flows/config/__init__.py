@@ -69,7 +69,7 @@ class Config:
             "must be usable as a directory name",
             "Set name=my_run.",
         )
-        for source in self.quantize.sources if self.quantize.enabled else ():
+        for source in self.quantized_sources:
             require(
                 source in self.trained_candidates,
                 "quantize.sources",
@@ -110,10 +110,14 @@ class Config:
         return ["base", "student"] if self.distill.enabled else ["base"]
 
     @property
+    def quantized_sources(self) -> list[str]:
+        """Names of the models that are quantized."""
+        return list(self.quantize.sources or self.trained_candidates) if self.quantize.enabled else []
+
+    @property
     def candidates(self) -> list[str]:
         """Names of all models that the run makes, in the order in which it makes them."""
-        quantized = [f"{source}_int8" for source in self.quantize.sources] if self.quantize.enabled else []
-        return self.trained_candidates + quantized
+        return self.trained_candidates + [f"{source}_int8" for source in self.quantized_sources]
 
     def base_run(self) -> TrainingRun:
         """Training of the base model, which is the student's teacher."""

@@ -12,8 +12,8 @@ class QuantizeConfig:
     """INT8 weights per output channel, INT8 activations per token, INT32 sums."""
 
     enabled: bool = True
-    sources: tuple[str, ...] = ("base", "student")
-    """Candidates to quantize."""
+    sources: tuple[str, ...] = ()
+    """Trained candidates to quantize, e.g. [student]; empty = every one."""
     skip_modules: tuple[str, ...] = ()
     """Glob patterns of module names that stay in floating point, e.g. `*.down_proj`."""
     min_sqnr_db: float = 25.0

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from flows.artifact import Artifact, write_json_atomically
 from flows.config.checks import require
 from flows.data.encode import INDEX
-from flows.data.packed import map_shards
 from flows.data.splits import read_documents_of
 
 XZ_LIMIT_BYTES = 8 * 2**20
@@ -51,10 +50,12 @@ def build(directory: Path, config: None, parents: Mapping[str, Artifact]) -> Map
 
 def token_counts(directory: Path, split: str) -> NDArray[np.int64]:
     """How often each token occurs in a split of a tokens artifact, end-of-text included: int64 [vocab]."""
-    counts = np.zeros(json.loads((directory / INDEX).read_text())["vocab_size"], np.int64)
-    for ids in map_shards(directory, split):
-        for start in range(0, len(ids), CHUNK_TOKENS):
-            counts += np.bincount(ids[start : start + CHUNK_TOKENS], minlength=len(counts))
+    index = json.loads((directory / INDEX).read_text())
+    counts = np.zeros(index["vocab_size"], np.int64)
+    for shard in index["splits"][split]["shards"]:
+        with (directory / shard["file"]).open("rb") as file:
+            while len(ids := np.fromfile(file, index["dtype"], CHUNK_TOKENS)):
+                counts += np.bincount(ids, minlength=len(counts))
     return counts
 
 

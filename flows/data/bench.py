@@ -63,16 +63,15 @@ def compare(scratch: Path, parents: Mapping[str, Artifact]) -> None:
 
     def mapped() -> None:
         files = [str(corpus.path / f"{split}.parquet") for split in SPLITS]
-        documents = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(scratch / "cache"))
-        documents.map(
-            lambda rows: {
-                "ids": [e.ids for e in tokenizer.encode_batch(rows["text"], add_special_tokens=False)],
-            },
-            batched=True,
-            remove_columns=documents.column_names,
-            load_from_cache_file=False,
-            new_fingerprint="bench",
-        )
+        with tempfile.TemporaryDirectory(dir=scratch) as cache:  # a new one, or it would only read and write once
+            documents = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
+            documents.map(
+                lambda rows: {"ids": [e.ids for e in tokenizer.encode_batch(rows["text"], add_special_tokens=False)]},
+                batched=True,
+                remove_columns=documents.column_names,
+                load_from_cache_file=False,
+                new_fingerprint="bench",
+            )
 
     datasets.disable_progress_bars()
     stage()

@@ -151,17 +151,27 @@ def _failures(row: Row, by_name: Mapping[str, Row], gates: GatesConfig, unigram:
         return
     source, base = by_name[row.source], by_name[BASE]
 
-    def above(what: str, value: float, reference: Row, of_reference: float, limit_field: str) -> Iterator[str]:
-        limit = getattr(gates, limit_field)
+    def above(what: str, value: float, reference: Row, of_reference: float, limit: float, name: str) -> Iterator[str]:
         if not value / of_reference <= limit:
             yield (
                 f"{what} {value:.4g} is {value / of_reference:.4g} x the {of_reference:.4g} of {reference.name}, "
-                f"above evaluate.gates.{limit_field}={limit:g}"
+                f"above evaluate.gates.{name}={limit:g}"
             )
 
-    yield from above("test loss", row.loss, base, base.loss, "max_loss_ratio")
+    yield from above("test loss", row.loss, base, base.loss, gates.max_loss_ratio, "max_loss_ratio")
     if row.name.endswith(QUANTIZED_SUFFIX):
-        yield from above("test loss", row.loss, source, source.loss, "max_quantized_loss_ratio")
+        yield from above(
+            "test loss", row.loss, source, source.loss, gates.max_quantized_loss_ratio, "max_quantized_loss_ratio"
+        )
         size, of_source = row.program_bytes / 1e6, source.program_bytes / 1e6
-        yield from above("program size in MB", size, source, of_source, "max_quantized_bytes_ratio")
-    yield from above("p50 latency in ms", row.p50_ms, source, source.p50_ms, "max_compressed_latency_ratio")
+        yield from above(
+            "program size in MB", size, source, of_source, gates.max_quantized_bytes_ratio, "max_quantized_bytes_ratio"
+        )
+    yield from above(
+        "p50 latency in ms",
+        row.p50_ms,
+        source,
+        source.p50_ms,
+        gates.max_compressed_latency_ratio,
+        "max_compressed_latency_ratio",
+    )

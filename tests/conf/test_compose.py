@@ -64,7 +64,7 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
         ("train.global_batch_size=9", "train.global_batch_size=9 must be a multiple of .* = 8. Set .*=8"),
         ("model.num_key_value_heads=3", "model.num_key_value_heads=3 must divide model.num_attention_heads=4"),
         ("engine.zero_stage=4", "engine.zero_stage=4 must be 0, 1, 2 or 3"),
-        ("distill.enabled=false", r"quantize.sources=\['base', 'student'\] names 'student', which this run does not"),
+        ("quantize.sources=[tutor]", r"quantize.sources=\['tutor'\] names 'tutor', which this run does not train"),
         ("publish.candidate=best", "publish.candidate=best is not a candidate of this run, which makes"),
         ("publish.model_name=a/b", "publish.model_name=a/b must be 1-64 letters"),
         ("verify.lengths=[9999]", r"verify.lengths=\[9999\] must not exceed data.sequence_length=256"),
