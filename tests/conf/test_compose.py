@@ -129,7 +129,11 @@ def test_every_setting_is_read_by_something() -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 read.add((path.parent.name == "config", node.attr))
     outside = {name for in_schema, name in read if not in_schema}
-    derived = {"head_dim": ["hidden_size"], "gradient_accumulation_steps": ["global_batch_size"]}
+    derived = {
+        "head_dim": ["hidden_size"],
+        "gradient_accumulation_steps": ["global_batch_size"],
+        "quantized_sources": ["sources"],
+    }
     outside |= {name for source, names in derived.items() if source in outside for name in names}
     dead = [reference.name for reference in field_references() if reference.name.rpartition(".")[2] not in outside]
     assert not dead

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from flows.artifact import Artifact, digest_file
+from flows.config.data import CorpusConfig, Source, TokenizerConfig
+from flows.data.tokenizer import END_OF_TEXT, load_tokenizer, spread_sample, trained_tokenizer
+
+BUILD = """
+import sys
+from pathlib import Path
+from flows.artifact import load_artifact
+from flows.config.data import TokenizerConfig
+from flows.data.tokenizer import build
+build(Path(sys.argv[1]), TokenizerConfig(vocab_size=1024), {"corpus": load_artifact(Path(sys.argv[2]))})
+"""
+
+
+def test_two_processes_train_the_same_bytes(email_chain: dict[str, Artifact], tmp_path: Path) -> None:
+    made_here = email_chain["tokenizer"].path
+    for seed in ("1", "2"):
+        directory = tmp_path / seed
+        directory.mkdir()
+        subprocess.run(
+            [sys.executable, "-c", BUILD, str(directory), str(email_chain["corpus"].path)],
+            check=True,
+            env={"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed},
+        )
+        for name in ("tokenizer.json", "token_bytes.npy"):
+            assert digest_file(directory / name) == digest_file(made_here / name)
+
+
+def test_end_of_text_is_token_zero_and_every_byte_has_a_token(email_chain: dict[str, Artifact]) -> None:
+    tokenizer = Tokenizer.from_file(str(email_chain["tokenizer"].path / "tokenizer.json"))
+    assert tokenizer.token_to_id(END_OF_TEXT) == 0
+    assert tokenizer.get_vocab_size() == email_chain["tokenizer"].metrics["vocab_size"] == 1024
+    lengths = np.load(email_chain["tokenizer"].path / "token_bytes.npy")
+    assert lengths.dtype == np.int64
+    assert lengths.shape == (1024,)
+    assert lengths[0] == 0
+    assert (lengths == 1).sum() == 256
+
+
+@given(st.text(max_size=200))
+def test_any_text_survives_and_its_bytes_are_accounted_for(email_chain: dict[str, Artifact], text: str) -> None:
+    tokenizer = load_tokenizer(email_chain["tokenizer"].path)
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.decode(ids) == text
+    lengths = np.load(email_chain["tokenizer"].path / "token_bytes.npy")
+    assert lengths[ids].sum() == len(text.encode())
+
+
+def test_text_that_spells_the_special_token_is_text(email_chain: dict[str, Artifact]) -> None:
+    tokenizer = load_tokenizer(email_chain["tokenizer"].path)
+    ids = tokenizer.encode(f"before{END_OF_TEXT}after").ids
+    assert 0 not in ids
+    assert tokenizer.decode(ids) == f"before{END_OF_TEXT}after"
+
+
+def test_a_tiny_corpus_gives_the_vocabulary_it_can(chain, write_json_lines) -> None:  # type: ignore[no-untyped-def]
+    path = write_json_lines([{"text": "abab"}, {"text": "ab cd"}, {"text": "cd"}])
+    made = chain(
+        CorpusConfig(source=Source.files, paths=(str(path),), validation_fraction=0, test_fraction=0),
+        TokenizerConfig(vocab_size=4096),
+    )
+    metrics = made["tokenizer"].metrics
+    assert metrics["requested_vocab_size"] == 4096
+    assert 257 < metrics["vocab_size"] < 270
+
+
+def test_no_merge_below_the_configured_frequency() -> None:
+    texts = ["ab ab ab", "cd cd"]
+    often = trained_tokenizer(texts, TokenizerConfig(vocab_size=1000, min_frequency=3))
+    assert often.token_to_id("ab") is not None
+    assert often.token_to_id("cd") is None
+
+
+@given(
+    texts=st.lists(st.text(alphabet="a\u00e9\U0001f600", min_size=1, max_size=300), min_size=1, max_size=30),
+    sample_bytes=st.integers(1, 2000),
+)
+def test_a_sample_is_bounded_and_taken_in_order(texts: list[str], sample_bytes: int) -> None:
+    total = sum(len(text.encode()) for text in texts)
+    sample = list(spread_sample(texts, total, sample_bytes))
+    assert sum(len(piece.encode()) for piece in sample) <= sample_bytes
+    if total <= sample_bytes:
+        assert sample == texts
+    rest = iter("".join(texts))
+    assert all(character in rest for character in "".join(sample)), "a subsequence of the text"
+
+
+def test_a_sample_is_spread_evenly() -> None:
+    texts = [f"{number:04d}" * 100 for number in range(1000)]
+    sample = list(spread_sample(texts, 400_000, 40_000))
+    numbers = np.array([int(piece[:4]) for piece in sample])
+    quarters = np.bincount(numbers // 250, minlength=4)
+    assert sum(map(len, sample)) > 39_000
+    assert quarters.max() - quarters.min() <= 1
