@@ -1,7 +1,7 @@
 """A Prefect API for a run from the command line when no server is configured.
 
-Prefect starts one by itself, but in our process group and without a tie to our life: Ctrl-C in a terminal ends it before
-the run has reported its state, which then retries for minutes, and a killed run leaves it behind.
+Prefect starts one by itself, but in our process group and without a tie to our life: Ctrl-C in a terminal ends it
+before the run has reported its state, which then retries for minutes, and a killed run leaves it behind.
 """
 
 from __future__ import annotations
@@ -74,6 +74,6 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], url: str) -> None:
         except OSError:
             time.sleep(0.05)
     raise RunError(
-        f"Prefect's temporary server did not start: exit code {server.poll()} within {STARTUP_TIMEOUT_S:g} s. Its words "
-        "are above. Start one with `prefect server start` and set PREFECT_API_URL to its address."
+        f"Prefect's temporary server did not start: exit code {server.poll()} within {STARTUP_TIMEOUT_S:g} s. Its "
+        "words are above. Start one with `prefect server start` and set PREFECT_API_URL to its address."
     )

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from flows.artifact import RECORDS_DIR, Artifact, library_versions, write_json_atomically
 from flows.compression.candidate import load_candidate
 from flows.config import RunError
 from flows.config.serving import PassportConfig
 from flows.data.packed import PackedDataset
+from flows.data.tokenizer import load_tokenizer
 from flows.serving.client import Client, Transport
 from flows.serving.entry import REPOSITORY, STAGED_VERSION, read_files, version_digests
 from flows.serving.installation import ServerError
@@ -54,7 +54,7 @@ def build(directory: Path, config: PassportConfig, parents: Mapping[str, Artifac
     names = [config.model_name, f"{config.model_name}_text"]
     staged = parents["entry"].path / REPOSITORY
     model = load_candidate(parents["model"].path).eval()
-    tokenizer = Tokenizer.from_file(str(parents["tokenizer"].path / "tokenizer.json"))
+    tokenizer = load_tokenizer(parents["tokenizer"].path)
     index = json.loads((parents["tokens"].path / "index.json").read_text())
     real = _real_inputs(parents["tokens"].path, config)
     fresh = random.integers(0, index["vocab_size"], real.shape)

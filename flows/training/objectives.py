@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+CHUNK_TOKENS = 256
+"""Tokens whose distributions are compared at once: several passes over [tokens, vocab] stay in a processor's cache."""
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits [batch, length, vocab], input_ids [batch, length], targets [batch, length]) -> mean loss per token []."""
 
@@ -41,9 +43,13 @@ def distillation(teacher: nn.Module, temperature: float, alpha: float) -> Loss:
 
 def kl_divergence(student_BLV: torch.Tensor, teacher_BLV: torch.Tensor, temperature: float) -> torch.Tensor:
     """Mean KL(teacher || student) of the softened distributions, in nats per token []."""
-    student = F.log_softmax(_at_least_float32(student_BLV).flatten(0, 1) / temperature, -1)
-    teacher = F.log_softmax(_at_least_float32(teacher_BLV).flatten(0, 1) / temperature, -1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    total = student_BLV.new_zeros((), dtype=torch.promote_types(student_BLV.dtype, torch.float32))
+    students, teachers = student_BLV.flatten(0, 1), teacher_BLV.flatten(0, 1)
+    for student, teacher in zip(students.split(CHUNK_TOKENS), teachers.split(CHUNK_TOKENS), strict=True):
+        student = F.log_softmax(_at_least_float32(student) / temperature, -1)
+        teacher = F.log_softmax(_at_least_float32(teacher) / temperature, -1)
+        total = total + F.kl_div(student, teacher, reduction="sum", log_target=True)
+    return total / len(students)
 
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:

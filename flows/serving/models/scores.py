@@ -35,8 +35,8 @@ class TritonPythonModel:
         options.intra_op_num_threads = settings["threads"]
         # idle threads must not burn the cores that the server's own threads need
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        # without VNNI, sums of two 8-bit products overflow 16 bits; this asks for the exact, slower path there
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if not has_vnni():  # sums of two 8-bit products overflow 16 bits there; this asks for the exact, slower way
+            options.add_session_config_entry("session.x64quantprecision", "1")
         self.session = onnxruntime.InferenceSession(
             str(here / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
@@ -91,3 +91,9 @@ def merge(requests: list[tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
         ids_BL[block], mask_BL[block] = ids, mask
         first += len(ids)
     return ids_BL, mask_BL
+
+
+def has_vnni() -> bool:
+    """Whether this x86 processor multiplies 8-bit integers without overflow."""
+    flags = Path("/proc/cpuinfo").read_text()
+    return "avx512_vnni" in flags or "avx_vnni" in flags

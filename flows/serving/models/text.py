@@ -58,6 +58,7 @@ class TritonPythonModel:
         self.scores_model = args["model_name"].removesuffix("_text")
         self.version = int(args["model_version"])
         self.tokenizer = load_library(here, settings["platform"]).Tokenizer.from_file(str(here / "tokenizer.json"))
+        self.tokenizer.encode_special_tokens = True  # as in training: what a user types is text, never a control token
         self.end_of_text: int = self.tokenizer.token_to_id(END_OF_TEXT)
 
     def execute(self, requests: list[Any]) -> list[Any]:
