@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,13 +21,14 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workplace, Done
 
 
 @pytest.fixture
-def workplace(first_run: tuple[Workplace, Done], tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A copy of what the first run left, to be damaged at will."""
-    first, done = first_run
+def workplace(first_run: tuple[Workplace, Done], tmp_path: Path) -> Iterator[Workplace]:
+    """What the first run left, in its place, to be damaged at will: it is put back afterwards."""
+    place, done = first_run
     assert done.returncode == 0, done.stderr
-    place = Workplace(first.root.parent / tmp_path_factory.mktemp("copy").name)
-    shutil.copytree(first.root, place.root)
-    return place
+    shutil.copytree(place.root, tmp_path / "whole")
+    yield place
+    shutil.rmtree(place.root)
+    shutil.move(tmp_path / "whole", place.root)
 
 
 @pytest.fixture

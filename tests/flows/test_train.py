@@ -86,7 +86,7 @@ def test_a_version_that_was_tampered_with_is_published_again(workplace: Workplac
     served.write_bytes(served.read_bytes()[:-1])
     done = workplace.run("train", "+experiment=smoke")
     assert done.returncode == 0, done.stderr
-    assert workplace.ran("smoke") == ["publish", "report"] or workplace.ran("smoke") == ["publish"]
+    assert workplace.ran("smoke")[0] == "publish"
     assert "smoke version 2 is published" in done.stdout
 
 
@@ -94,9 +94,9 @@ def test_a_version_that_was_tampered_with_is_published_again(workplace: Workplac
 def test_an_interrupted_run_carries_on(
     ending: signal.Signals, workplace: Workplace, until: Callable[[Callable[[], Any]], Any]
 ) -> None:
-    words = ["+experiment=smoke", "name=long", "distill=none", "quantize=none", "train.max_steps=400"]
+    words = ["+experiment=smoke", "name=long", "distill=none", "quantize=none", "train.max_steps=100"]
     rejected = ["train.optimizer.learning_rate=1e-7", "evaluate.gates.beat_unigram=true"]
-    command = workplace.command("train", *words, *rejected, "train.checkpoint_interval_steps=5")
+    command = workplace.command("train", *words, *rejected, "train.checkpoint_interval_steps=10")
     flow = subprocess.Popen(
         command, cwd=ROOT, env=workplace.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -109,7 +109,7 @@ def test_an_interrupted_run_carries_on(
     if ending == signal.SIGINT:
         assert "Interrupted; the same command carries on from here." in spoken
     until(lambda: not ranks())
-    done = workplace.run("train", *words, *rejected, "train.checkpoint_interval_steps=5")
+    done = workplace.run("train", *words, *rejected, "train.checkpoint_interval_steps=10")
     # It ends at the gates: this model has learned nothing, and nothing is published.
     assert done.returncode == 1
     assert "error: No candidate passed the gates, so nothing was published." in done.stderr
