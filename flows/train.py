@@ -16,10 +16,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import cast
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, Failed, State
+from prefect.client.schemas import State
+from prefect.states import Completed, Failed
 
 from flows.artifact import Artifact, ArtifactStore, Stage
 from flows.chain import ChainResult, run_chain
@@ -81,7 +83,7 @@ def _run_chain(config: Config) -> ChainResult:
         state = as_named(stage, store, found, return_state=True)
         if not state.is_completed():
             raise RunError(state.message or f"{stage.name}: {state.name}")
-        artifact: Artifact = state.result()
+        artifact = cast(Artifact, state.result())
         record.add(stage, found is None, why, artifact.key, time.monotonic() - started)
         return artifact
 

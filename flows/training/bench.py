@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flows.config.model import ModelConfig
 from flows.config.training import (
@@ -86,8 +87,8 @@ class _RandomTokens:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def __getitem__(self, index: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        row: np.ndarray[tuple[int], np.dtype[np.int64]] = self._tokens[index]
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        row: NDArray[np.int64] = self._tokens[index]
         return row
 
 

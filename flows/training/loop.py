@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,6 +32,14 @@ from flows.training.schedules import learning_rate
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """input_ids and targets, both int64 [micro batch, sequence]."""
+
+
+class Sequences(Protocol):
+    """Packed sequences, each int64 [sequence_length + 1]."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]: ...
 
 
 class NonFiniteLossError(RunError):
@@ -117,7 +126,7 @@ def train_step(engine: DeepSpeedEngine, batches: Iterator[Batch], step: int) -> 
     return mean
 
 
-def micro_batches(dataset: PackedDataset, run: TrainingRun, step: int, device: torch.device | str) -> Iterator[Batch]:
+def micro_batches(dataset: Sequences, run: TrainingRun, step: int, device: torch.device | str) -> Iterator[Batch]:
     """This rank's micro batches of one step.
 
     The global batch is the same for any number of ranks and accumulation steps: it is cut, not drawn.

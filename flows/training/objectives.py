@@ -45,9 +45,10 @@ def kl_divergence(student_BLV: torch.Tensor, teacher_BLV: torch.Tensor, temperat
     """Mean KL(teacher || student) of the softened distributions, in nats per token []."""
     total = student_BLV.new_zeros((), dtype=torch.promote_types(student_BLV.dtype, torch.float32))
     students, teachers = student_BLV.flatten(0, 1), teacher_BLV.flatten(0, 1)
-    for student, teacher in zip(students.split(CHUNK_TOKENS), teachers.split(CHUNK_TOKENS), strict=True):
-        student = F.log_softmax(_at_least_float32(student) / temperature, -1)
-        teacher = F.log_softmax(_at_least_float32(teacher) / temperature, -1)
+    for first in range(0, len(students), CHUNK_TOKENS):
+        chunk = slice(first, first + CHUNK_TOKENS)
+        student = F.log_softmax(_at_least_float32(students[chunk]) / temperature, -1)
+        teacher = F.log_softmax(_at_least_float32(teachers[chunk]) / temperature, -1)
         total = total + F.kl_div(student, teacher, reduction="sum", log_target=True)
     return total / len(students)
 
