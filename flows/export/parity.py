@@ -13,8 +13,12 @@ from flows.export.runtime import Program, ProgramError
 
 NOISE_FACTOR = 4.0
 """Two float32 programs may each be off by the noise, and the largest of few samples understates it."""
-JITTER = 2.0**-20
-"""Relative change of an INT8 model's float tensors: far below its resolution, enough to tip codes at an edge."""
+JITTER = 2.0**-17
+"""Relative change of an INT8 model's float tensors: 2^10 below its resolution, enough to tip codes at an edge."""
+JITTERED_TWINS = 4
+"""What one tipped code does has a long tail: one sample of it understates the next."""
+FLOOR_ULPS = 4
+"""Tolerance is at least this many units in the last place of the largest score, in float32."""
 SHAPES = ((1, 1), (2, 17), (3, 5), (8, 64))
 """Batch sizes and lengths compared."""
 
@@ -26,7 +30,7 @@ class Parity:
     largest_difference: float
     """Largest absolute difference of a score between program and candidate."""
     tolerance: float
-    """`NOISE_FACTOR` times the candidate's float noise on the same inputs."""
+    """`NOISE_FACTOR` times the candidate's largest noise on the same inputs, and a few units in the last place."""
 
 
 @torch.no_grad()
@@ -35,7 +39,8 @@ def compare(scores: nn.Module, program: Program, vocab_size: int) -> Parity:
 
     The noise is the largest difference between the candidate in float32 and in float64. In an INT8 model rounding
     errors sometimes tip an activation over the edge between two codes, a jump far above float32's resolution; so that
-    the noise is sure to hold such jumps, the candidate is also compared with itself after a tiny jitter.
+    the noise is sure to hold such jumps, the candidate is also compared with itself after several tiny jitters. Few rows
+    jump: the median row has to agree as closely as in a float model.
 
     Args:
         scores: Ids and mask [batch, length] to next-token scores [batch, vocab], on the CPU, in float32.
@@ -45,26 +50,32 @@ def compare(scores: nn.Module, program: Program, vocab_size: int) -> Parity:
     Raises:
         ProgramError: They differ by more than the candidate's own noise explains.
     """
-    twins = [deepcopy(scores).double()]
-    if any(tensor.dtype == torch.int8 for tensor in scores.buffers()):
-        twins.append(_jittered(scores))
-    difference = noise = 0.0
-    where = ""
+    double = deepcopy(scores).double()
+    int8 = any(tensor.dtype == torch.int8 for tensor in scores.buffers())
+    jittered = [_jittered(scores, seed) for seed in range(JITTERED_TWINS if int8 else 0)]
+    differences, noises, jumps = [], [], [torch.zeros(1)]
+    largest = 0.0
     for ids, mask in sample_inputs(vocab_size):
         expected = scores(ids, mask)
         found = torch.from_numpy(program.next_token_scores(ids.numpy(), mask.numpy()))
-        noise = max([noise, *(float((expected - twin(ids, mask)).abs().max()) for twin in twins)])
-        here = float((found - expected).abs().max())
-        if not here <= difference:  # also when it is not a number
-            difference, where = here, f"batch {ids.shape[0]} x {ids.shape[1]} tokens"
-    tolerance = NOISE_FACTOR * noise
-    if not difference <= tolerance:
-        raise ProgramError(
-            f"the exported program differs from the model by {difference:.3g} at {where}; {tolerance:.3g} is allowed, "
-            f"{NOISE_FACTOR:g} x the model's own float32 noise. For an INT8 model on a CPU without VNNI, whose integer "
-            "products saturate, set quantize.enabled=false; otherwise check the versions of torch and onnxruntime."
-        )
-    return Parity(difference, tolerance)
+        differences.append((found - expected).abs().amax(-1))
+        noises.append((double(ids, mask) - expected).abs().amax(-1).float())
+        jumps += [(twin(ids, mask) - expected).abs().amax(-1) for twin in jittered]
+        largest = max(largest, float(expected.abs().max()))
+    floor = FLOOR_ULPS * torch.finfo(torch.float32).eps * largest
+    by_row, noise = torch.cat(differences), torch.cat(noises)
+    most, typical = float(by_row.max()), float(by_row.median())
+    tolerance = NOISE_FACTOR * max(float(noise.max()), float(torch.cat(jumps).max())) + floor
+    typical_tolerance = NOISE_FACTOR * float(noise.median()) + floor
+    for difference, allowed in ((typical, typical_tolerance), (most, tolerance)):
+        if not difference <= allowed:  # also when it is not a number
+            raise ProgramError(
+                f"the exported program differs from the model by {difference:.3g}; {allowed:.3g} is allowed, "
+                f"{NOISE_FACTOR:g} x the model's own float32 noise. For an INT8 model on a CPU without VNNI, whose "
+                "integer products saturate, set quantize.enabled=false; otherwise check the versions of torch and "
+                "onnxruntime."
+            )
+    return Parity(most, tolerance)
 
 
 def sample_inputs(vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -81,9 +92,9 @@ def sample_inputs(vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield ids, mask
 
 
-def _jittered(scores: nn.Module) -> nn.Module:
+def _jittered(scores: nn.Module, seed: int) -> nn.Module:
     twin = deepcopy(scores)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for tensor in twin.state_dict().values():
         if tensor.is_floating_point():
             tensor.mul_(1 + JITTER * (2 * torch.rand(tensor.shape, generator=generator) - 1))
