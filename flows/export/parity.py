@@ -39,8 +39,8 @@ def compare(scores: nn.Module, program: Program, vocab_size: int) -> Parity:
 
     The noise is the largest difference between the candidate in float32 and in float64. In an INT8 model rounding
     errors sometimes tip an activation over the edge between two codes, a jump far above float32's resolution; so that
-    the noise is sure to hold such jumps, the candidate is also compared with itself after several tiny jitters. Few rows
-    jump: the median row has to agree as closely as in a float model.
+    the noise is sure to hold such jumps, the candidate is also compared with itself after several tiny jitters. Few
+    rows jump: the median row has to agree as closely as in a float model.
 
     Args:
         scores: Ids and mask [batch, length] to next-token scores [batch, vocab], on the CPU, in float32.
