@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.config import RunError
-from flows.config.training import LauncherConfig
+from flows.config.launcher import LauncherConfig
 
 POLL_INTERVAL_S = 0.1
 STOP_GRACE_S = 5.0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from flows.config import Config, ConfigError
 from flows.config.checks import require
+from flows.config.engine import Device
 from flows.config.model import Kernels
-from flows.config.training import Device, TrainingRun
+from flows.config.training import TrainingRun
 from flows.data.sources import check_sources
 from flows.serving.installation import check_server_available
 from flows.training.deepspeed_config import deepspeed_config

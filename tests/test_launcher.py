@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.config.training import LauncherConfig
+from flows.config.launcher import LauncherConfig
 from flows.launcher import RankError, launch_ranks
 
 DEADLINE_S = 30.0

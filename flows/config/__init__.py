@@ -12,6 +12,8 @@ from pydantic import TypeAdapter
 from flows.config.checks import ConfigError, RunError, require
 from flows.config.compression import EvaluateConfig, GatingConfig, QualityConfig, QuantizeConfig
 from flows.config.data import DataConfig
+from flows.config.engine import EngineConfig
+from flows.config.launcher import LauncherConfig
 from flows.config.model import ModelConfig
 from flows.config.serving import (
     AUTO_CANDIDATE,
@@ -22,15 +24,8 @@ from flows.config.serving import (
     ServeConfig,
     VerifyConfig,
 )
-from flows.config.training import (
-    DistillConfig,
-    EngineConfig,
-    LauncherConfig,
-    Objective,
-    TrackingConfig,
-    TrainConfig,
-    TrainingRun,
-)
+from flows.config.tracking import TrackingConfig
+from flows.config.training import DistillConfig, Objective, TrainConfig, TrainingRun
 
 __all__ = ["Config", "ConfigError", "RunError", "from_json", "to_json", "to_plain"]
 

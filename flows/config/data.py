@@ -118,8 +118,8 @@ class EncodeConfig:
 
     shard_bytes: int = 268_435_456
     """A shard is closed when it reaches this size."""
-    batch_bytes: int = 4_194_304
-    """Text handed to the tokenizer's threads at once; bounds memory."""
+    batch_bytes: int = 1_048_576
+    """Text that each core encodes at once; bounds memory."""
 
     def __post_init__(self) -> None:
         require_positive("data.encode", self, ["shard_bytes", "batch_bytes"])

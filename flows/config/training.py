@@ -1,22 +1,16 @@
-"""How a model is trained: steps, optimizer, schedule, engine, ranks, objective."""
+"""How a model is trained: steps, schedule, objective."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from flows.config.checks import require, require_fraction, require_positive
+from flows.config.engine import EngineConfig
+from flows.config.launcher import LauncherConfig
 from flows.config.model import ModelConfig
-
-
-class Optimizer(StrEnum):
-    """Update rules, all from torch.optim, so that no compiler is needed."""
-
-    adamw = "adamw"
-    adam = "adam"
-    sgd = "sgd"
-    rmsprop = "rmsprop"
+from flows.config.optimizer import OptimizerConfig
+from flows.config.tracking import TrackingConfig
 
 
 class Schedule(StrEnum):
@@ -25,50 +19,6 @@ class Schedule(StrEnum):
     cosine = "cosine"
     linear = "linear"
     constant = "constant"
-
-
-class Precision(StrEnum):
-    """Number format of weights, activations and gradients; bf16 keeps fp32 master weights."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Device(StrEnum):
-    """Where ranks run; `auto` takes CUDA where there is one."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Update rule and its constants."""
-
-    name: Optimizer = Optimizer.adamw
-    learning_rate: float = 3e-3
-    """Peak, reached after warm-up."""
-    weight_decay: float = 0.1
-    """Applied to matrices only; norms are left alone."""
-    beta1: float = 0.9
-    """First moment of AdamW and Adam."""
-    beta2: float = 0.95
-    """Second moment of AdamW and Adam; smoothing constant of RMSprop."""
-    eps: float = 1e-8
-    momentum: float = 0.9
-    """For SGD."""
-
-    def __post_init__(self) -> None:
-        require_positive("train.optimizer", self, ["learning_rate", "eps"])
-        require_fraction("train.optimizer", self, ["beta1", "beta2", "momentum"])
-        require(
-            self.weight_decay >= 0,
-            "train.optimizer.weight_decay",
-            self.weight_decay,
-            "must not be negative",
-            "Set it to 0 to turn it off.",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,64 +79,6 @@ class TrainConfig:
             "must not be negative",
             "Set it to 0 for no clipping.",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How DeepSpeed runs the model."""
-
-    device: Device = Device.auto
-    precision: Precision = Precision.fp32
-    zero_stage: int = 1
-    """What ranks share: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too (ZeRO, arXiv:1910.02054)."""
-    deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed configuration keys, passed through; one that contradicts ours is an error."""
-
-    def __post_init__(self) -> None:
-        require(
-            0 <= self.zero_stage <= 3,
-            "engine.zero_stage",
-            self.zero_stage,
-            "must be 0, 1, 2 or 3",
-            "Set engine.zero_stage=1.",
-        )
-        require(
-            not (self.precision == Precision.bf16 and self.zero_stage == 0),
-            "engine.precision",
-            self.precision,
-            "cannot be combined with engine.zero_stage=0: DeepSpeed 0.19 takes a phantom optimizer step there",
-            "Set engine.zero_stage=1, which costs nothing on one rank.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LauncherConfig:
-    """The processes that train."""
-
-    num_ranks: int = 1
-    """Processes on this machine; with CUDA, one per GPU."""
-    threads_per_rank: int = 0
-    """CPU threads of each rank; 0 = the machine's cores shared out evenly."""
-    stall_timeout_s: int = 600
-    """Seconds without a sign of life from a rank after which the run is ended as hung."""
-
-    def __post_init__(self) -> None:
-        require_positive("launcher", self, ["num_ranks", "stall_timeout_s"])
-        require(
-            self.threads_per_rank >= 0,
-            "launcher.threads_per_rank",
-            self.threads_per_rank,
-            "must not be negative",
-            "Set it to 0 for an even share of the cores.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingConfig:
-    """Where training metrics go besides metrics.jsonl."""
-
-    tensorboard: bool = True
-    """Writes TensorBoard event files beside metrics.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)

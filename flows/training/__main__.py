@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from flows.config import RunError, from_json
-from flows.config.training import Device
+from flows.config.engine import Device
 from flows.launcher import follow_parent, speak_error
 from flows.training.job import TrainingJob
 

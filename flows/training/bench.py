@@ -13,16 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flows.config.engine import Device, EngineConfig
+from flows.config.launcher import LauncherConfig
 from flows.config.model import ModelConfig
-from flows.config.training import (
-    Device,
-    EngineConfig,
-    LauncherConfig,
-    Objective,
-    TrackingConfig,
-    TrainConfig,
-    TrainingRun,
-)
+from flows.config.tracking import TrackingConfig
+from flows.config.training import Objective, TrainConfig, TrainingRun
 from flows.launcher import Heartbeat
 from flows.model.decoder import Decoder, initialize
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from flows.config import ConfigError
-from flows.config.training import Precision, TrainingRun
+from flows.config.engine import Precision
+from flows.config.training import TrainingRun
 
 
 def deepspeed_config(run: TrainingRun) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def test_ids_are_those_of_bare_encode_batch(email_chain: dict[str, Artifact]) ->
     tokenizer = Tokenizer.from_file(str(email_chain["tokenizer"].path / "tokenizer.json"))
     texts = [text for _, text in read_documents_of(email_chain["corpus"].path, "train")]
     bare = [[*encoding.ids, 0] for encoding in tokenizer.encode_batch(texts)]
-    batches = list(encode_batches(tokenizer, iter(texts), 50_000, np.dtype("<u2")))
+    batches = list(encode_batches(email_chain["tokenizer"].path, iter(texts), 50_000, np.dtype("<u2")))
     assert len(batches) > 3
     assert [ids.tolist() for batch in batches for ids in batch.documents] == bare
 
@@ -121,11 +121,9 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(email_chain: dict[str, Arti
 
 
 def test_an_error_while_reading_is_not_swallowed(email_chain: dict[str, Artifact]) -> None:
-    tokenizer = Tokenizer.from_file(str(email_chain["tokenizer"].path / "tokenizer.json"))
-
     def texts():  # type: ignore[no-untyped-def]
         yield "some text"
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        list(encode_batches(tokenizer, texts(), 1, np.dtype("<u2")))
+        list(encode_batches(email_chain["tokenizer"].path, texts(), 1, np.dtype("<u2")))

@@ -11,16 +11,12 @@ import numpy as np
 import pytest
 
 from flows.artifact import Artifact, ArtifactStore, Stage
+from flows.config.engine import EngineConfig
+from flows.config.launcher import LauncherConfig
 from flows.config.model import ModelConfig
-from flows.config.training import (
-    EngineConfig,
-    LauncherConfig,
-    Objective,
-    OptimizerConfig,
-    TrackingConfig,
-    TrainConfig,
-    TrainingRun,
-)
+from flows.config.optimizer import OptimizerConfig
+from flows.config.tracking import TrackingConfig
+from flows.config.training import Objective, TrainConfig, TrainingRun
 
 VOCAB_SIZE = 64
 SEQUENCE_LENGTH = 16

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from flows.config import ConfigError
-from flows.config.training import EngineConfig, OptimizerConfig, Schedule, TrainConfig, TrainingRun
+from flows.config.engine import EngineConfig
+from flows.config.optimizer import OptimizerConfig
+from flows.config.training import Schedule, TrainConfig, TrainingRun
 from flows.training.deepspeed_config import deepspeed_config
 from flows.training.objectives import LossModule, cross_entropy, distillation, kl_divergence
 from flows.training.schedules import learning_rate

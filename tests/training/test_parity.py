@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from flows.artifact import Artifact
-from flows.config.training import EngineConfig, Objective, Optimizer, OptimizerConfig, Precision, TrainingRun
+from flows.config.engine import EngineConfig, Precision
+from flows.config.optimizer import Optimizer, OptimizerConfig
+from flows.config.training import Objective, TrainingRun
 from flows.data.packed import PackedDataset, sample_order
 from flows.model.checkpoint import load_decoder
 from flows.model.decoder import Decoder, initialize

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from flows.artifact import Artifact
-from flows.config.training import Optimizer, OptimizerConfig, TrainingRun
+from flows.config.optimizer import Optimizer, OptimizerConfig
+from flows.config.training import TrainingRun
 from flows.launcher import RankError
 
 Trained = Callable[..., Artifact]
