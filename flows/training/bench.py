@@ -94,8 +94,9 @@ def _model(training_run: TrainingRun) -> Decoder:
 
 
 def _our_loop(training_run: TrainingRun) -> Callable[[], float]:
+    from flows.training.batches import micro_batches
     from flows.training.engine import build_engine, set_learning_rate
-    from flows.training.loop import micro_batches, train_step
+    from flows.training.loop import train_step
     from flows.training.objectives import LossModule, cross_entropy
     from flows.training.schedules import learning_rate
 
@@ -137,7 +138,7 @@ def _bare_loop(training_run: TrainingRun) -> Callable[[], float]:
             rows = order[first : first + train.micro_batch_size]
             tokens = torch.from_numpy(np.stack([dataset[int(i)] for i in rows])).to(device)
             inputs, targets = tokens[:, :-1], tokens[:, 1:]
-            loss = cross_entropy(model(inputs), inputs, targets) / training_run.gradient_accumulation_steps
+            loss = cross_entropy(model(inputs), inputs, targets) / (train.global_batch_size * targets.shape[1])
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.gradient_clipping)

@@ -7,39 +7,26 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from typing import Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from numpy.typing import NDArray
 
 from flows.artifact import write_json_atomically
 from flows.config import RunError
 from flows.config.model import Kernels
 from flows.config.training import Objective, TrainConfig, TrainingRun
-from flows.data.packed import PackedDataset, sample_order
+from flows.data.packed import PackedDataset
 from flows.launcher import Heartbeat
 from flows.model.checkpoint import load_decoder, load_initial_weights, save_decoder
 from flows.model.decoder import Decoder, initialize
+from flows.training.batches import Batch, micro_batches, to_batch
 from flows.training.checkpoint import TrainingState, load_newest_checkpoint, save_checkpoint
 from flows.training.engine import build_engine, close_engine, gather_weights, set_learning_rate, start_process_group
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
 from flows.training.schedules import learning_rate
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""input_ids and targets, both int64 [micro batch, sequence]."""
-
-
-class Sequences(Protocol):
-    """Packed sequences, each int64 [sequence_length + 1]."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> NDArray[np.int64]: ...
 
 
 class NonFiniteLossError(RunError):
@@ -109,8 +96,8 @@ def train_step(engine: DeepSpeedEngine, batches: Iterator[Batch], step: int) -> 
     """
     total = torch.zeros((), device=engine.device)
     accumulation: int = engine.gradient_accumulation_steps()
-    for micro_step, (input_ids_BL, targets_BL) in enumerate(batches, start=1):
-        loss = engine(input_ids_BL, targets_BL)
+    for micro_step, batch in enumerate(batches, start=1):
+        loss = engine(*batch)
         engine.backward(loss)
         total += loss.detach().float()
         if micro_step == accumulation:
@@ -126,25 +113,6 @@ def train_step(engine: DeepSpeedEngine, batches: Iterator[Batch], step: int) -> 
     return mean
 
 
-def micro_batches(dataset: Sequences, run: TrainingRun, step: int, device: torch.device | str) -> Iterator[Batch]:
-    """This rank's micro batches of one step.
-
-    The global batch is the same for any number of ranks and accumulation steps: it is cut, not drawn.
-    """
-    size, ranks, rank = run.train.micro_batch_size, dist.get_world_size(), dist.get_rank()
-    batch = run.train.global_batch_size
-    order = sample_order(len(dataset), step * batch, batch, run.seed)
-    for micro_step in range(run.gradient_accumulation_steps):
-        first = (micro_step * ranks + rank) * size
-        yield to_batch([dataset[int(i)] for i in order[first : first + size]], device)
-
-
-def to_batch(sequences: list[NDArray[np.int64]], device: torch.device | str) -> Batch:
-    """Packed sequences [length + 1] each as inputs and next-token targets."""
-    tokens = torch.from_numpy(np.stack(sequences)).to(device)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
 def evaluate(engine: DeepSpeedEngine, dataset: PackedDataset, run: TrainingRun, heartbeat: Heartbeat) -> float:
     """Validation cross-entropy in nats per token, over the same first `eval_tokens` tokens each time."""
     count = min(len(dataset), max(1, run.train.eval_tokens // run.sequence_length))
@@ -156,7 +124,9 @@ def evaluate(engine: DeepSpeedEngine, dataset: PackedDataset, run: TrainingRun, 
             mine = range(first + rank * size, min(first + (rank + 1) * size, count))
             # A rank left without sequences runs one that does not count: ZeRO-3 gathers weights with all ranks.
             batch = to_batch([dataset[i] for i in mine] or [dataset[0]], engine.device)
-            sums += torch.tensor([float(engine(*batch)) * len(mine), len(mine)], dtype=torch.float64)
+            mean = float(engine(*batch))
+            if mine:
+                sums += torch.tensor([mean, 1.0], dtype=torch.float64) * float(batch.loss_tokens)
             heartbeat.beat()
     engine.train()
     sums = sums.to(engine.device)

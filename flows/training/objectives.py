@@ -8,15 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flows.training.batches import IGNORED
+
 CHUNK_TOKENS = 256
 """Tokens whose distributions are compared at once: several passes over [tokens, vocab] stay in a processor's cache."""
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(logits [batch, length, vocab], input_ids [batch, length], targets [batch, length]) -> mean loss per token []."""
+"""(logits [batch, length, vocab], input_ids [batch, length], targets [batch, length]) -> loss, summed over the targets
+that are not `IGNORED` []."""
 
 
 def cross_entropy(logits_BLV: torch.Tensor, input_ids_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of the targets, in nats per token []."""
-    return F.cross_entropy(_at_least_float32(logits_BLV).flatten(0, 1), targets_BL.flatten())
+    """Sum of the negative log-likelihood of the targets that count, in nats []."""
+    return F.cross_entropy(
+        _at_least_float32(logits_BLV).flatten(0, 1), targets_BL.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def distillation(teacher: nn.Module, temperature: float, alpha: float) -> Loss:
@@ -35,22 +40,25 @@ def distillation(teacher: nn.Module, temperature: float, alpha: float) -> Loss:
     def loss(logits_BLV: torch.Tensor, input_ids_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             teacher_BLV = teacher(input_ids_BL)
-        divergence = kl_divergence(logits_BLV, teacher_BLV, temperature)
+        divergence = kl_divergence(logits_BLV, teacher_BLV, targets_BL, temperature)
         return alpha * temperature**2 * divergence + (1 - alpha) * cross_entropy(logits_BLV, input_ids_BL, targets_BL)
 
     return loss
 
 
-def kl_divergence(student_BLV: torch.Tensor, teacher_BLV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Mean KL(teacher || student) of the softened distributions, in nats per token []."""
+def kl_divergence(
+    student_BLV: torch.Tensor, teacher_BLV: torch.Tensor, targets_BL: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Sum of KL(teacher || student) of the softened distributions, where the target counts, in nats []."""
     total = student_BLV.new_zeros((), dtype=torch.promote_types(student_BLV.dtype, torch.float32))
-    students, teachers = student_BLV.flatten(0, 1), teacher_BLV.flatten(0, 1)
+    students, teachers, counts = student_BLV.flatten(0, 1), teacher_BLV.flatten(0, 1), (targets_BL != IGNORED).flatten()
     for first in range(0, len(students), CHUNK_TOKENS):
         chunk = slice(first, first + CHUNK_TOKENS)
         student = F.log_softmax(_at_least_float32(students[chunk]) / temperature, -1)
         teacher = F.log_softmax(_at_least_float32(teachers[chunk]) / temperature, -1)
-        total = total + F.kl_div(student, teacher, reduction="sum", log_target=True)
-    return total / len(students)
+        divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+        total = total + divergence.where(counts[chunk], 0.0).sum()
+    return total
 
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
@@ -67,8 +75,8 @@ class LossModule(nn.Module):
         self.model = model
         self._loss = loss  # a closure, so that a teacher is neither trained, sharded nor saved
 
-    def forward(self, input_ids_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
-        """Loss to minimize while training, cross-entropy while evaluating: mean over tokens []."""
+    def forward(self, input_ids_BL: torch.Tensor, targets_BL: torch.Tensor, loss_tokens: torch.Tensor) -> torch.Tensor:
+        """Loss to minimize while training, cross-entropy while evaluating: the sum divided by `loss_tokens` []."""
         logits_BLV = self.model(input_ids_BL)
         loss = self._loss if self.training else cross_entropy
-        return loss(logits_BLV, input_ids_BL, targets_BL)
+        return loss(logits_BLV, input_ids_BL, targets_BL) / loss_tokens

@@ -7,14 +7,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from flows.config import ConfigError
 from flows.config.engine import EngineConfig
 from flows.config.optimizer import OptimizerConfig
 from flows.config.training import Schedule, TrainConfig, TrainingRun
+from flows.training.batches import IGNORED
 from flows.training.deepspeed_config import deepspeed_config
-from flows.training.objectives import LossModule, cross_entropy, distillation, kl_divergence
+from flows.training.objectives import LossModule, distillation, kl_divergence
 from flows.training.schedules import learning_rate
 
 
@@ -23,10 +25,11 @@ def test_kl_divergence_is_the_sum_written_out() -> None:
     student = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
     teacher = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
     p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
-    expected = (p * (p.log() - q.log())).sum(-1).mean()
+    targets = torch.tensor([[1, IGNORED, 2], [IGNORED, 3, 4]])
+    expected = (p * (p.log() - q.log())).sum(-1)[targets != IGNORED].sum()
     eps = torch.finfo(torch.float64).eps
-    assert abs(kl_divergence(student, teacher, 2.0) - expected) < 16 * eps
-    assert abs(kl_divergence(teacher, teacher, 2.0)) < 16 * eps
+    assert abs(kl_divergence(student, teacher, targets, 2.0) - expected) < 64 * eps
+    assert abs(kl_divergence(teacher, teacher, targets, 2.0)) < 64 * eps
 
 
 def test_temperature_keeps_the_size_of_the_gradient() -> None:
@@ -62,9 +65,11 @@ def test_alpha_zero_is_cross_entropy_and_the_teacher_is_not_part_of_the_module()
     student = Model(nn.Linear(4, 6))
     ids, targets = torch.randint(6, (2, 3)), torch.randint(6, (2, 3))
     module = LossModule(student, distillation(Model(teacher), 2.0, alpha=0.0))
-    assert module(ids, targets) == cross_entropy(student(ids), ids, targets)
+    targets[0, 0] = IGNORED
+    mean = F.cross_entropy(student(ids).flatten(0, 1), targets.flatten())
+    assert module(ids, targets, torch.tensor(5.0)).item() == pytest.approx(mean.item(), rel=1e-6)
     assert len(list(module.parameters())) == 2
-    assert module.eval()(ids, targets) == cross_entropy(student(ids), ids, targets)
+    assert module.eval()(ids, targets, torch.tensor(5.0)).item() == pytest.approx(mean.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def bare_losses(
         tokens = torch.from_numpy(np.stack(batch))
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         logits = model(inputs)
-        loss = loss_fn(logits, inputs, targets)
+        loss = loss_fn(logits, inputs, targets) / targets.numel()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.train.gradient_clipping)
