@@ -10,6 +10,7 @@ from flows.config.engine import EngineConfig
 from flows.config.launcher import LauncherConfig
 from flows.config.model import ModelConfig
 from flows.config.optimizer import OptimizerConfig
+from flows.config.parallelism import check_parallelism
 from flows.config.tracking import TrackingConfig
 
 
@@ -132,18 +133,30 @@ class TrainingRun:
         return "distill.student" if self.objective == Objective.distillation else "model"
 
     @property
+    def train_section(self) -> str:
+        """Where the user sets this run's steps and batches, for messages."""
+        return "distill.train" if self.objective == Objective.distillation else "train"
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel ranks: those that see different sequences."""
+        return self.launcher.num_ranks // self.engine.ranks_per_replica
+
+    @property
     def gradient_accumulation_steps(self) -> int:
         """Micro steps per optimizer update on each rank."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * self.launcher.num_ranks)
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.dp_size)
 
     def __post_init__(self) -> None:
-        per_micro_step = self.train.micro_batch_size * self.launcher.num_ranks
+        check_parallelism(self)
+        per_micro_step = self.train.micro_batch_size * self.dp_size
         nearest = per_micro_step * max(1, round(self.train.global_batch_size / per_micro_step))
+        section = self.train_section
         require(
             self.train.global_batch_size % per_micro_step == 0,
-            "train.global_batch_size",
+            f"{section}.global_batch_size",
             self.train.global_batch_size,
-            f"must be a multiple of train.micro_batch_size={self.train.micro_batch_size} x "
-            f"launcher.num_ranks={self.launcher.num_ranks} = {per_micro_step}",
-            f"Set train.global_batch_size={nearest}.",
+            f"must be a multiple of {section}.micro_batch_size={self.train.micro_batch_size} x "
+            f"{self.dp_size} data-parallel ranks = {per_micro_step}",
+            f"Set {section}.global_batch_size={nearest}.",
         )

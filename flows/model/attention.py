@@ -7,11 +7,24 @@ Shape letters: B batch, L length, D hidden size, H query heads, G key and value 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from flows.config.model import ModelConfig
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""What `attend` does, perhaps together with other ranks."""
+
+
+def attend(q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, allowed_B1LL: Tensor | None) -> Tensor:
+    """Mean of the values, weighted by softmax(q k / sqrt(K)) [B, H, L, K]; `None` allows all keys up to the query's."""
+    grouped = q_BHLK.shape[1] != k_BGLK.shape[1]
+    return scaled_dot_product_attention(
+        q_BHLK, k_BGLK, v_BGLK, allowed_B1LL, is_causal=allowed_B1LL is None, enable_gqa=grouped
+    )
 
 
 class Attention(nn.Module):
@@ -20,7 +33,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.attend: Attend = attend
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
@@ -33,9 +46,7 @@ class Attention(nn.Module):
         q_BHLK = rotate(self.q_proj(x_BLD).view(split).transpose(1, 2), rotation)
         k_BGLK = rotate(self.k_proj(x_BLD).view(split).transpose(1, 2), rotation)
         v_BGLK = self.v_proj(x_BLD).view(split).transpose(1, 2)
-        y_BHLK = scaled_dot_product_attention(
-            q_BHLK, k_BGLK, v_BGLK, allowed_B1LL, is_causal=allowed_B1LL is None, enable_gqa=self.grouped
-        )
+        y_BHLK = self.attend(q_BHLK, k_BGLK, v_BGLK, allowed_B1LL)
         return self.o_proj(y_BHLK.transpose(1, 2).flatten(2))
 
 

@@ -70,13 +70,16 @@ class DecoderStack(nn.Module):
         self.norm = RMSNorm(config)
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta
+        self.first_position = 0  # of the tokens given, where other ranks have those before them
 
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
         """Hidden states [B, L, D]; see `Decoder.forward_hidden`."""
         x_BLD = self.embed_tokens(input_ids_BL)
         length = input_ids_BL.shape[1]
         if attention_mask_BL is None:
-            positions_BL = torch.arange(length, device=input_ids_BL.device)[None]
+            positions_BL = torch.arange(self.first_position, self.first_position + length, device=input_ids_BL.device)[
+                None
+            ]
             allowed_B1LL = None
         else:
             positions_BL = (attention_mask_BL.cumsum(1) - 1).clamp(min=0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from flows.config import RunError
 from flows.config.training import TrainingRun
 from flows.data.packed import sample_order
+from flows.training.rank_layout import RankLayout
 
 IGNORED = -100
 """Target that adds nothing to the loss; torch.nn.functional.cross_entropy's default."""
@@ -47,24 +48,46 @@ def micro_batches(dataset: Sequences, run: TrainingRun, step: int, device: torch
     Raises:
         RunError: No token of the global batch counts.
     """
-    size, ranks, rank = run.train.micro_batch_size, dist.get_world_size(), dist.get_rank()
+    size, layout = run.train.micro_batch_size, RankLayout.of(run, dist.get_rank())
     batch = run.train.global_batch_size
     order = sample_order(len(dataset), step * batch, batch, run.seed)
     mine = []
     for micro_step in range(run.gradient_accumulation_steps):
-        first = (micro_step * ranks + rank) * size
-        mine.append(to_batch([dataset[int(i)] for i in order[first : first + size]], device))
+        first = (micro_step * run.dp_size + layout.dp_rank) * size
+        whole = to_batch([dataset[int(i)] for i in order[first : first + size]], device)
+        mine.append(_part(whole, layout.sp_rank, run.engine.sequence_parallel_size))
     total = sum((micro_batch.loss_tokens for micro_batch in mine), torch.zeros((), device=device))
     dist.all_reduce(total)
     if float(total) == 0:
         raise RunError(f"no token of step {step + 1} counts towards the loss; look at the data of this step.")
-    share = total / (run.gradient_accumulation_steps * ranks)
+    # Ranks that share layers count the same tokens: as often in the sum as among the ranks.
+    share = total / (run.gradient_accumulation_steps * dist.get_world_size())
     for micro_batch in mine:
         yield micro_batch._replace(loss_tokens=share)
+
+
+def validation_batches(dataset: Sequences, count: int, run: TrainingRun, device: torch.device | str) -> Iterator[Batch]:
+    """Yields this rank's micro batches of the first `count` sequences: as many and as large ones on every rank.
+
+    Where sequences run out, rows that do not count fill up. `loss_tokens` is 1, so that losses are sums.
+    """
+    size, layout = run.train.micro_batch_size, RankLayout.of(run, dist.get_rank())
+    for first in range(0, count, size * run.dp_size):
+        mine = range(min(first + layout.dp_rank * size, count), min(first + (layout.dp_rank + 1) * size, count))
+        batch = to_batch([dataset[i] for i in mine] + [dataset[0]] * (size - len(mine)), device)
+        batch.targets_BL[len(mine) :] = IGNORED
+        batch = _part(batch, layout.sp_rank, run.engine.sequence_parallel_size)
+        yield batch._replace(loss_tokens=torch.ones((), device=device))
 
 
 def to_batch(sequences: list[NDArray[np.int64]], device: torch.device | str) -> Batch:
     """Packed sequences [length + 1] each as inputs and next-token targets, with the number that count."""
     tokens = torch.from_numpy(np.stack(sequences)).to(device)
-    targets_BL = tokens[:, 1:]
+    targets_BL = tokens[:, 1:].clone()
     return Batch(tokens[:, :-1], targets_BL, (targets_BL != IGNORED).sum().float())
+
+
+def _part(batch: Batch, part: int, parts: int) -> Batch:
+    """Part of each sequence of a batch, with the number of its targets that count."""
+    inputs, targets = (x.tensor_split(parts, dim=1)[part] for x in (batch.input_ids_BL, batch.targets_BL))
+    return Batch(inputs, targets, (targets != IGNORED).sum().float())

@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from flows.config import ConfigError
-from flows.config.engine import Precision
+from flows.config.engine import EngineConfig, Offload, Precision
 from flows.config.training import TrainingRun
+
+CUT_BY_ROWS = r"(self_attn\.[qkv]_proj|mlp\.(gate|up)_proj)\.weight$"
+"""Matrices of which a tensor-parallel rank computes some outputs: heads of attention, units of the feed-forward."""
+CUT_BY_COLUMNS = r"(self_attn\.o_proj|mlp\.down_proj)\.weight$"
+"""Matrices of which it takes some inputs; the ranks' results are added up. Norms, embedding and head stay whole."""
 
 
 def deepspeed_config(run: TrainingRun) -> dict[str, Any]:
@@ -15,16 +20,38 @@ def deepspeed_config(run: TrainingRun) -> dict[str, Any]:
     Raises:
         ConfigError: A raw key contradicts a setting of ours.
     """
-    own = {
+    engine = run.engine
+    own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
         "gradient_clipping": run.train.gradient_clipping,  # always given: DeepSpeed's default is 1.0, not off
-        "bf16": {"enabled": run.engine.precision == Precision.bf16},
-        "zero_optimization": {"stage": run.engine.zero_stage},
+        "bf16": {"enabled": engine.precision == Precision.bf16},
+        "zero_optimization": _zero(engine),
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # it has to be compiled; torch's own updates what is offloaded as well
         "steps_per_print": 10**9,  # we log
     }
-    return _merged(own, run.engine.deepspeed, "engine.deepspeed")
+    if engine.tensor_parallel_size > 1:
+        own["tensor_parallel"] = _tensor_parallel(engine.tensor_parallel_size)
+    return _merged(own, engine.deepspeed, "engine.deepspeed")
+
+
+def _zero(engine: EngineConfig) -> dict[str, Any]:
+    section: dict[str, Any] = {"stage": engine.zero_stage}
+    for name, where in (("optimizer", engine.offload_optimizer), ("param", engine.offload_parameters)):
+        if where != Offload.none:
+            path = {"nvme_path": str(engine.nvme_path)} if where == Offload.nvme else {}
+            section[f"offload_{name}"] = {"device": where.value, **path}
+    return section
+
+
+def _tensor_parallel(size: int) -> dict[str, Any]:
+    # DeepSpeed names the cuts by what each rank takes, not by what it holds.
+    specs = [
+        {"patterns": [rf".*\.{CUT_BY_COLUMNS}"], "partition_type": "row"},
+        {"patterns": [rf".*\.{CUT_BY_ROWS}"], "partition_type": "column"},
+    ]
+    return {"autotp_size": size, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
 
 
 def _merged(own: dict[str, Any], raw: dict[str, Any], path: str) -> dict[str, Any]:

@@ -1,19 +1,36 @@
-"""The DeepSpeed engine, built from the typed configuration."""
+"""The DeepSpeed engine, built from the typed configuration; the loop sees one kind, whatever ranks share."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections.abc import Iterator
+from functools import partial
+from typing import cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from flows.config import RunError
 from flows.config.training import TrainingRun
+from flows.model.decoder import Decoder
+from flows.training.batches import Batch
 from flows.training.deepspeed_config import deepspeed_config
+from flows.training.objectives import LossModule
 from flows.training.optimizers import build_optimizer
+from flows.training.pipeline import PipelineDecoder, gather_stages, pipeline_loss, pipeline_step
+from flows.training.sequence_parallel import share_sequences
+from flows.training.tensor_parallel import whole_weight
+
+
+class NonFiniteLossError(RunError):
+    """The loss is NaN or infinite; the optimizer step was not taken."""
 
 
 def start_process_group() -> None:
@@ -24,12 +41,27 @@ def start_process_group() -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def build_engine(module: nn.Module, run: TrainingRun) -> DeepSpeedEngine:
+def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
     """A DeepSpeed engine around `module`; the same weights must be in it on every rank."""
+    model = cast(Decoder, module.model)
+    share_sequences(model, run)
+    if run.engine.activation_checkpointing:
+        _recompute_layers(model)
+    if run.engine.pipeline_stages > 1:
+        whole: nn.Module = PipelineDecoder(model, module.loss, run.engine.pipeline_stages)
+    else:
+        whole = module
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=build_optimizer(module, run.train.optimizer), config=deepspeed_config(run)
+        model=whole, optimizer=build_optimizer(whole, run.train.optimizer), config=deepspeed_config(run)
     )
+    if run.engine.compile:
+        engine.compile()
     return engine
+
+
+def _recompute_layers(model: Decoder) -> None:
+    for layer in model.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
@@ -38,13 +70,66 @@ def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def gather_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole weights by name, on CPU; every rank has to call it, rank 0 gets them, the others an empty dict."""
+def train_step(engine: DeepSpeedEngine, batches: Iterator[Batch], step: int) -> float:
+    """Runs one optimizer update on this rank's micro batches; the mean loss over all ranks, in nats per token.
+
+    Raises:
+        NonFiniteLossError: On every rank alike, before the update.
+    """
+    if isinstance(engine, PipelineEngine):
+        return pipeline_step(engine, batches, partial(_check_finite, step=step))
+    total = torch.zeros((), device=engine.device)
+    accumulation: int = engine.gradient_accumulation_steps()
+    for micro_step, batch in enumerate(batches, start=1):
+        loss = engine(*batch)
+        engine.backward(loss)
+        total += loss.detach().float()
+        if micro_step == accumulation:
+            dist.all_reduce(total)
+            mean = float(total) / (accumulation * dist.get_world_size())
+            _check_finite(mean, step)
+        engine.step()
+    return mean
+
+
+def _check_finite(mean: float, step: int) -> None:
+    if not math.isfinite(mean):
+        raise NonFiniteLossError(
+            f"the training loss is {mean} at step {step + 1}; the optimizer step was not taken and checkpoints "
+            f"stay as they are. Set a lower train.optimizer.learning_rate, a longer train.warmup_steps or a "
+            f"train.gradient_clipping above 0, or look at the data of this step."
+        )
+
+
+def validation_loss(engine: DeepSpeedEngine, batch: Batch) -> float | None:
+    """Cross-entropy of one micro batch divided by its `loss_tokens`; every rank has to call it.
+
+    None on a rank that does not see the scores: a stage of a pipeline other than the last.
+    """
+    if isinstance(engine, PipelineEngine):
+        return pipeline_loss(engine, batch)
+    engine.eval()
+    with torch.no_grad():
+        loss = float(engine(*batch))
+    engine.train()
+    return loss
+
+
+def gather_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Whole weights by their names in the decoder, on CPU.
+
+    Every rank has to call it; rank 0 gets them, the others an empty dict.
+    """
+    if isinstance(engine, PipelineEngine):
+        return gather_stages(engine)
+    model: nn.Module = engine.module.model
+    sharded = engine.autotp_size() > 1
     weights = {}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):  # a no-op below ZeRO-3
+            weight = whole_weight(name, parameter.detach()) if sharded else parameter.detach()
             if dist.get_rank() == 0:
-                weights[name] = parameter.detach().cpu().clone()
+                weights[name] = weight.cpu().clone()
     return weights
 
 

@@ -1,4 +1,4 @@
-"""The training loop: one for every objective and ZeRO stage."""
+"""The training loop: one for every objective and every way to share work among ranks."""
 
 from __future__ import annotations
 
@@ -6,31 +6,35 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from flows.artifact import write_json_atomically
-from flows.config import RunError
 from flows.config.model import Kernels
 from flows.config.training import Objective, TrainConfig, TrainingRun
 from flows.data.packed import PackedDataset
 from flows.launcher import Heartbeat
 from flows.model.checkpoint import load_decoder, load_initial_weights, save_decoder
 from flows.model.decoder import Decoder, initialize
-from flows.training.batches import Batch, micro_batches, to_batch
+from flows.training.batches import IGNORED, micro_batches, validation_batches
 from flows.training.checkpoint import TrainingState, load_newest_checkpoint, save_checkpoint
-from flows.training.engine import build_engine, close_engine, gather_weights, set_learning_rate, start_process_group
+from flows.training.engine import (
+    NonFiniteLossError,
+    build_engine,
+    close_engine,
+    gather_weights,
+    set_learning_rate,
+    start_process_group,
+    train_step,
+    validation_loss,
+)
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
 from flows.training.schedules import learning_rate
-
-
-class NonFiniteLossError(RunError):
-    """The loss is NaN or infinite; the optimizer step was not taken."""
+from flows.training.sequence_parallel import share_sequences
 
 
 def train(job: TrainingJob) -> None:
@@ -46,7 +50,9 @@ def train(job: TrainingJob) -> None:
     index = json.loads((job.tokens_dir / "index.json").read_text())
     dataset = PackedDataset(job.tokens_dir, "train", run.sequence_length)
     validation = PackedDataset(job.tokens_dir, "validation", run.sequence_length)
-    engine = build_engine(LossModule(_initial_model(run, index["vocab_size"]), _loss(job)), run)
+    model = _initial_model(run, index["vocab_size"])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    engine = build_engine(LossModule(model, _loss(job)), run)
     state = load_newest_checkpoint(engine, job.checkpoint_dir)
     first_step = state.step
     leader = dist.get_rank() == 0
@@ -80,7 +86,7 @@ def train(job: TrainingJob) -> None:
                 "resumed_from_step": first_step,
                 "stopped_early": state.step < run.train.max_steps,
                 "best_validation_loss": state.best_loss,
-                "parameters": sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters()),
+                "parameters": parameters,
                 "train_tokens": state.step * tokens_per_step,
                 "epochs": round(state.step * run.train.global_batch_size / len(dataset), 3),
             },
@@ -88,53 +94,21 @@ def train(job: TrainingJob) -> None:
     close_engine(engine)
 
 
-def train_step(engine: DeepSpeedEngine, batches: Iterator[Batch], step: int) -> float:
-    """Runs one optimizer update on this rank's micro batches; the mean loss over all ranks, in nats per token.
-
-    Raises:
-        NonFiniteLossError: On every rank alike, before the update.
-    """
-    total = torch.zeros((), device=engine.device)
-    accumulation: int = engine.gradient_accumulation_steps()
-    for micro_step, batch in enumerate(batches, start=1):
-        loss = engine(*batch)
-        engine.backward(loss)
-        total += loss.detach().float()
-        if micro_step == accumulation:
-            dist.all_reduce(total)
-            mean = float(total) / (accumulation * dist.get_world_size())
-            if not math.isfinite(mean):
-                raise NonFiniteLossError(
-                    f"the training loss is {mean} at step {step + 1}; the optimizer step was not taken and checkpoints "
-                    f"stay as they are. Set a lower train.optimizer.learning_rate, a longer train.warmup_steps or a "
-                    f"train.gradient_clipping above 0, or look at the data of this step."
-                )
-        engine.step()
-    return mean
-
-
 def evaluate(engine: DeepSpeedEngine, dataset: PackedDataset, run: TrainingRun, heartbeat: Heartbeat) -> float:
     """Validation cross-entropy in nats per token, over the same first `eval_tokens` tokens each time."""
     count = min(len(dataset), max(1, run.train.eval_tokens // run.sequence_length))
-    size, ranks, rank = run.train.micro_batch_size, dist.get_world_size(), dist.get_rank()
     sums = torch.zeros(2, dtype=torch.float64)
-    engine.eval()
-    with torch.no_grad():
-        for first in range(0, count, size * ranks):
-            mine = range(first + rank * size, min(first + (rank + 1) * size, count))
-            # A rank left without sequences runs one that does not count: ZeRO-3 gathers weights with all ranks.
-            batch = to_batch([dataset[i] for i in mine] or [dataset[0]], engine.device)
-            mean = float(engine(*batch))
-            if mine:
-                sums += torch.tensor([mean, 1.0], dtype=torch.float64) * float(batch.loss_tokens)
-            heartbeat.beat()
-    engine.train()
+    for batch in validation_batches(dataset, count, run, engine.device):
+        loss = validation_loss(engine, batch)
+        if loss is not None:
+            sums += torch.tensor([loss, float((batch.targets_BL != IGNORED).sum())], dtype=torch.float64)
+        heartbeat.beat()
     sums = sums.to(engine.device)
     dist.all_reduce(sums)
-    loss = float(sums[0] / sums[1])
-    if not math.isfinite(loss):
-        raise NonFiniteLossError(f"the validation loss is {loss}; set a lower train.optimizer.learning_rate.")
-    return loss
+    mean = float(sums[0] / sums[1])
+    if not math.isfinite(mean):
+        raise NonFiniteLossError(f"the validation loss is {mean}; set a lower train.optimizer.learning_rate.")
+    return mean
 
 
 def _evaluate_and_keep_best(
@@ -152,7 +126,7 @@ def _evaluate_and_keep_best(
     state.evals_without_improvement += 1
     if loss < state.best_loss:
         state.best_loss, state.evals_without_improvement = loss, 0
-        weights = gather_weights(engine.module.model)
+        weights = gather_weights(engine)
         if weights:
             job.best_dir.mkdir(parents=True, exist_ok=True)
             save_decoder(
@@ -184,6 +158,7 @@ def _loss(job: TrainingJob) -> Loss:
             teacher = load_decoder(job.teacher_dir, Kernels.auto)
             if os.environ["DS_ACCELERATOR"] == "cuda":
                 teacher = teacher.to(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+            share_sequences(teacher, job.run)
             return distillation(teacher, job.run.temperature, job.run.alpha)
 
 

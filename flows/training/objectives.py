@@ -73,10 +73,10 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
         self.model = model
-        self._loss = loss  # a closure, so that a teacher is neither trained, sharded nor saved
+        self.loss = loss  # a closure, so that a teacher is neither trained, sharded nor saved
 
     def forward(self, input_ids_BL: torch.Tensor, targets_BL: torch.Tensor, loss_tokens: torch.Tensor) -> torch.Tensor:
         """Loss to minimize while training, cross-entropy while evaluating: the sum divided by `loss_tokens` []."""
         logits_BLV = self.model(input_ids_BL)
-        loss = self._loss if self.training else cross_entropy
+        loss = self.loss if self.training else cross_entropy
         return loss(logits_BLV, input_ids_BL, targets_BL) / loss_tokens

@@ -31,8 +31,13 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 def test_every_file_composes(path: Path) -> None:
     group = path.parent.relative_to(CONF_DIR)
     prefix = "+" if group.name == "experiment" else ""
-    needs = {"files": ["data.corpus.paths=[x.txt]"], "huggingface": ["data.corpus.dataset=x"]}
-    ranks = ["launcher.num_ranks=1"] if group.name == "experiment" else []
+    needs = {
+        "four_ranks": ["train.global_batch_size=32", "distill.train.global_batch_size=32"],
+        "files": ["data.corpus.paths=[x.txt]"],
+        "huggingface": ["data.corpus.dataset=x"],
+    }
+    shared = "2" in path.stem and group.name == "engine" and not path.stem.startswith("zero")
+    ranks = [f"launcher.num_ranks={2 if shared else 1}"] if group.name in ("experiment", "engine") else []
     config = compose_config([f"{prefix}{group}={path.stem}", *needs.get(path.stem, []), *ranks])
     assert isinstance(config, Config)
 

@@ -61,6 +61,7 @@ def tiny_run(
     micro_batch_size: int = 4,
     engine: EngineConfig | None = None,
     optimizer: OptimizerConfig | None = None,
+    model: ModelConfig = TINY,
     objective: Objective = Objective.cross_entropy,
     temperature: float = 1.0,
     alpha: float = 1.0,
@@ -78,7 +79,7 @@ def tiny_run(
     }
     return TrainingRun(
         objective=objective,
-        model=TINY,
+        model=model,
         train=TrainConfig(
             global_batch_size=8,
             micro_batch_size=micro_batch_size,
@@ -93,6 +94,11 @@ def tiny_run(
         temperature=temperature,
         alpha=alpha,
     )
+
+
+@pytest.fixture(scope="session")
+def session_tiny_run() -> Callable[..., TrainingRun]:
+    return tiny_run
 
 
 @pytest.fixture(name="tiny_run")

@@ -1,116 +1,274 @@
-"""Every engine gives the loss curve of a bare torch loop on the same batches."""
+"""Every way to share work among ranks gives the loss curve of a bare torch loop, and weights that can be put together.
+
+All cases run in one start of ranks (rank_cases.py); the tests here read what they left.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from flows.artifact import Artifact
-from flows.config.engine import EngineConfig, Precision
+from flows.config import to_plain
+from flows.config.engine import EngineConfig, Offload, Precision
+from flows.config.model import ModelConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.training import Objective, TrainingRun
 from flows.data.packed import PackedDataset, sample_order
-from flows.model.checkpoint import load_decoder
+from flows.model.checkpoint import load_decoder, save_decoder
 from flows.model.decoder import Decoder, initialize
+from flows.training.job import TrainingJob
+from flows.training.metrics_log import METRICS, read_metrics
 from flows.training.objectives import cross_entropy, distillation
 from flows.training.schedules import learning_rate
 
-VOCAB_SIZE = 64
-Trained = Callable[..., Artifact]
-Losses = Callable[[Artifact], list[float]]
-Run = Callable[..., TrainingRun]
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB_SIZE, SEQUENCE_LENGTH = 64, 16
+EPS = torch.finfo(torch.float32).eps
+ADAMW = OptimizerConfig(learning_rate=1e-2)
+UNTIED = {"tie_word_embeddings": False}
+TINY = ModelConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)
+WIDE = {"num_hidden_layers": 4, "num_key_value_heads": 4}
 
 
-def bare_losses(
-    run: TrainingRun, data: dict[str, Artifact], dtype: torch.dtype, teacher: Artifact | None = None
-) -> list[float]:
-    """The same run without an engine: one process, whole batches, no accumulation."""
-    model = Decoder(run.model, VOCAB_SIZE)
-    initialize(model, run.seed)
-    model = model.to(dtype)
-    loss_fn = (
-        distillation(load_decoder(teacher.path).to(dtype), run.temperature, run.alpha) if teacher else cross_entropy
+@dataclass(frozen=True)
+class Case:
+    """A run that has to give the bare loop's curve."""
+
+    ranks: int
+    engine: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    optimizer: OptimizerConfig = ADAMW
+    micro_batch_size: int = 2
+    distills: bool = False
+
+    def __str__(self) -> str:
+        settings = {**self.engine, **self.model, "micro": self.micro_batch_size}
+        words = [f"{name.removesuffix('_size')}={value}" for name, value in settings.items()]
+        return " ".join([f"{self.ranks}r", self.optimizer.name, *words, *(["distills"] if self.distills else [])])
+
+
+def optimizer(name: Optimizer, learning_rate: float) -> OptimizerConfig:
+    return OptimizerConfig(name=name, learning_rate=learning_rate, weight_decay=0.01, momentum=0.5)
+
+
+PIPELINE = {"pipeline_stages": 2, "zero_stage": 1}
+TENSOR = {"tensor_parallel_size": 2}
+SEQUENCE = {"sequence_parallel_size": 2}
+ON_CPU = {"offload_optimizer": Offload.cpu}
+ALL_ON_CPU = {**ON_CPU, "offload_parameters": Offload.cpu, "zero_stage": 3}
+RECOMPUTE = {"activation_checkpointing": True}
+BF16 = {"precision": Precision.bf16}
+CASES = [
+    Case(1, {"zero_stage": 0}),
+    Case(1, optimizer=optimizer(Optimizer.adam, 1e-3)),
+    Case(1, optimizer=optimizer(Optimizer.sgd, 0.1)),
+    Case(1, optimizer=optimizer(Optimizer.rmsprop, 1e-3)),
+    Case(1, distills=True),
+    *[Case(2, {"zero_stage": stage}) for stage in (0, 1, 2, 3)],
+    *[Case(2, {"zero_stage": stage, **ON_CPU}) for stage in (1, 2, 3)],
+    Case(2, ALL_ON_CPU),
+    *[Case(2, {"zero_stage": stage, **RECOMPUTE}) for stage in (1, 3)],
+    Case(2, {**BF16, "zero_stage": 1}),
+    Case(2, {**BF16, "zero_stage": 2}),
+    Case(2, {**BF16, "zero_stage": 3}),
+    Case(2, PIPELINE),
+    Case(2, PIPELINE, UNTIED),
+    Case(2, {**PIPELINE, **RECOMPUTE}),
+    Case(2, {**PIPELINE, **BF16}),
+    Case(2, PIPELINE, distills=True),
+    *[Case(2, {**TENSOR, "zero_stage": stage}) for stage in (0, 1, 2, 3)],
+    Case(2, {**TENSOR, **RECOMPUTE}),
+    Case(2, {**TENSOR, **BF16}),
+    Case(2, TENSOR, distills=True),
+    *[Case(2, {**SEQUENCE, "zero_stage": stage}) for stage in (0, 1, 2, 3)],
+    Case(2, {**SEQUENCE, **RECOMPUTE}),
+    Case(2, {**SEQUENCE, **BF16}),
+    Case(2, SEQUENCE, distills=True),
+    Case(4, {"zero_stage": 3}),
+    Case(4, PIPELINE),
+    Case(4, {**PIPELINE, "pipeline_stages": 4}, WIDE),
+    Case(4, {**TENSOR, "zero_stage": 2}),
+    Case(4, {**SEQUENCE, "zero_stage": 3}),
+    Case(4, {**PIPELINE, **SEQUENCE}),
+    Case(4, {**TENSOR, **SEQUENCE}, WIDE),
+    Case(4, {**TENSOR, "tensor_parallel_size": 4}, WIDE),
+]
+NAMED = {f"{number:02d} {case}": case for number, case in enumerate(CASES)}
+
+
+@pytest.fixture(scope="session")
+def teacher(data: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model; that it knows nothing does not matter to the arithmetic."""
+    directory = tmp_path_factory.mktemp("teacher")
+    model = Decoder(TINY, VOCAB_SIZE)
+    initialize(model, seed=1)
+    save_decoder(directory, dict(model.named_parameters()), TINY, VOCAB_SIZE, SEQUENCE_LENGTH, 0)
+    return directory
+
+
+def make_jobs(
+    directory: Path, tokens_dir: Path, teacher_dir: Path, tiny_run: Callable[..., TrainingRun]
+) -> dict[str, TrainingJob]:
+    jobs = {}
+    for name, case in NAMED.items():
+        run = tiny_run(
+            ranks=case.ranks,
+            micro_batch_size=case.micro_batch_size,
+            engine=EngineConfig(**case.engine),
+            optimizer=case.optimizer,
+            model=replace(TINY, **case.model),
+            max_steps=20,
+            eval_interval_steps=20,
+            checkpoint_interval_steps=20,
+            **({"objective": Objective.distillation, "temperature": 2.0, "alpha": 0.7} if case.distills else {}),
+        )
+        jobs[name] = TrainingJob(
+            run=run,
+            directory=directory / name.replace(" ", "_"),
+            tokens_dir=tokens_dir,
+            tokenizer_dir=tokens_dir,
+            teacher_dir=teacher_dir if case.distills else None,
+        )
+    return jobs
+
+
+@pytest.fixture(scope="session")
+def jobs(
+    data: dict[str, Artifact],
+    teacher: Path,
+    session_tiny_run: Callable[..., TrainingRun],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, TrainingJob]:
+    """Each case as a rank is told, with its logs and its weights after all of them have run."""
+    directory = tmp_path_factory.mktemp("cases")
+    jobs = make_jobs(directory, data["tokens"].path, teacher, session_tiny_run)
+    (directory / "cases.json").write_text(json.dumps({name: to_plain(job) for name, job in jobs.items()}))
+    program = Path(__file__).with_name("rank_cases.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(program), str(directory)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
-    dataset = PackedDataset(data["tokens"].path, "train", run.sequence_length)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    config = run.train.optimizer
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = {
-        Optimizer.adamw: lambda: torch.optim.AdamW(groups, 0.0, (config.beta1, config.beta2), config.eps),
-        Optimizer.adam: lambda: torch.optim.Adam(groups, 0.0, (config.beta1, config.beta2), config.eps),
-        Optimizer.sgd: lambda: torch.optim.SGD(groups, 0.0, momentum=config.momentum),
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    return jobs
+
+
+def losses(job: TrainingJob) -> list[float]:
+    logs = "\n".join(path.read_text()[-3000:] for path in sorted(job.log_dir.glob("rank-*.log")))
+    curve = [event["train_loss"] for event in read_metrics(job.log_dir / METRICS) if "train_loss" in event]
+    assert len(curve) == job.run.train.max_steps, logs
+    return curve
+
+
+@cache
+def bare_losses(
+    model_config: ModelConfig,
+    settings: OptimizerConfig,
+    tokens_dir: Path,
+    teacher_dir: Path | None,
+    dtype: torch.dtype,
+    run: Any,
+) -> list[float]:
+    """The run without an engine: one process, whole batches, no accumulation."""
+    model = Decoder(model_config, VOCAB_SIZE)
+    initialize(model, 0)
+    model = model.to(dtype)
+    loss_fn = distillation(load_decoder(teacher_dir).to(dtype), 2.0, 0.7) if teacher_dir else cross_entropy
+    dataset = PackedDataset(tokens_dir, "train", SEQUENCE_LENGTH)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (settings.beta1, settings.beta2)
+    updates: dict[Optimizer, Callable[[], torch.optim.Optimizer]] = {
+        Optimizer.adamw: lambda: torch.optim.AdamW(groups, 0.0, betas, settings.eps),
+        Optimizer.adam: lambda: torch.optim.Adam(groups, 0.0, betas, settings.eps),
+        Optimizer.sgd: lambda: torch.optim.SGD(groups, 0.0, momentum=settings.momentum),
         Optimizer.rmsprop: lambda: torch.optim.RMSprop(
-            groups, 0.0, alpha=config.beta2, eps=config.eps, momentum=config.momentum
+            groups, 0.0, alpha=settings.beta2, eps=settings.eps, momentum=settings.momentum
         ),
     }
-    optimizer = optimizers[config.name]()
-    losses = []
-    size = run.train.global_batch_size
-    for step in range(run.train.max_steps):
-        batch = [dataset[int(i)] for i in sample_order(len(dataset), step * size, size, run.seed)]
-        tokens = torch.from_numpy(np.stack(batch))
+    update = updates[settings.name]()
+    curve, norms = [], []
+    size = run.global_batch_size
+    for step in range(run.max_steps):
+        rows = [dataset[int(i)] for i in sample_order(len(dataset), step * size, size, 0)]
+        tokens = torch.from_numpy(np.stack(rows))
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        logits = model(inputs)
-        loss = loss_fn(logits, inputs, targets) / targets.numel()
-        optimizer.zero_grad()
+        loss = loss_fn(model(inputs), inputs, targets) / targets.numel()
+        update.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.train.gradient_clipping)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run.train, step)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), run.gradient_clipping))
+        for group in update.param_groups:
+            group["lr"] = learning_rate(run, step)
+        update.step()
+        curve.append(loss.item())
+    assert max(norms) > 1.5 * run.gradient_clipping, "the clip value has to bind, or a wrong norm does not show"
+    return curve
 
 
-def assert_same_curve(
-    got: list[float], run: TrainingRun, data: dict[str, Artifact], teacher: Artifact | None = None
-) -> None:
+def bare_curves(job: TrainingJob) -> tuple[list[float], float]:
+    """The float64 curve, and how far a float32 one strays from it."""
+    run = job.run
+    train = replace(run.train, micro_batch_size=1)
+    truth, plain = (
+        bare_losses(run.model, run.train.optimizer, job.tokens_dir, job.teacher_dir, dtype, train)
+        for dtype in (torch.float64, torch.float32)
+    )
+    return truth, max(abs(a - b) for a, b in zip(plain, truth, strict=True))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", [name for name, case in NAMED.items() if "precision" not in case.engine])
+def test_the_loss_curve_is_that_of_a_bare_loop(name: str, jobs: dict[str, TrainingJob]) -> None:
     """Within four times what float32 itself costs the bare loop against float64, plus rounding of the loss."""
-    truth = bare_losses(run, data, torch.float64, teacher)
-    plain = bare_losses(run, data, torch.float32, teacher)
-    noise = max(abs(a - b) for a, b in zip(plain, truth, strict=True))
+    got = losses(jobs[name])
+    truth, noise = bare_curves(jobs[name])
     worst = max(abs(a - b) for a, b in zip(got, truth, strict=True))
-    assert worst <= 4 * noise + 4 * torch.finfo(torch.float32).eps * max(truth), f"{worst} against noise {noise}"
+    assert worst <= 4 * noise + 4 * EPS * max(truth), f"{worst} against noise {noise}"
     assert truth[-1] < truth[0]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_two_ranks_give_the_loss_curve_of_one_process(
-    zero_stage: int, trained: Trained, losses: Losses, tiny_run: Run, data: dict[str, Artifact]
-) -> None:
-    run = tiny_run(ranks=2, micro_batch_size=2, engine=EngineConfig(zero_stage=zero_stage))  # and accumulates twice
-    assert_same_curve(losses(trained(run)), run, data)
-
-
-@pytest.mark.parametrize("name", [Optimizer.adam, Optimizer.sgd, Optimizer.rmsprop])
-def test_each_optimizer_gives_the_curve_of_the_bare_loop(
-    name: Optimizer, trained: Trained, losses: Losses, tiny_run: Run, data: dict[str, Artifact]
-) -> None:
-    rate = 0.1 if name == Optimizer.sgd else 1e-3
-    run = tiny_run(optimizer=OptimizerConfig(name=name, learning_rate=rate, weight_decay=0.01, momentum=0.5))
-    if name == Optimizer.sgd:
-        assert run.train.optimizer.momentum == 0.5
-    assert_same_curve(losses(trained(run)), run, data)
-
-
-def test_distillation_runs_on_the_same_loop(
-    trained: Trained, losses: Losses, tiny_run: Run, data: dict[str, Artifact]
-) -> None:
-    teacher = trained(tiny_run(max_steps=20))
-    run = tiny_run(objective=Objective.distillation, temperature=2.0, alpha=0.7)
-    student = trained(run, teacher=teacher)
-    assert_same_curve(losses(student), run, data, teacher)
+@pytest.mark.parametrize("name", [name for name, case in NAMED.items() if "precision" in case.engine])
+def test_bf16_trains_close_to_fp32(name: str, jobs: dict[str, TrainingJob]) -> None:
+    """bf16 keeps 8 bits: some 20 roundings on the way to the loss cost 2^-9 each at most, and partly cancel."""
+    truth, _ = bare_curves(jobs[name])
+    assert max(abs(a - b) / b for a, b in zip(losses(jobs[name]), truth, strict=True)) <= 20**0.5 * 2**-9
 
 
 @pytest.mark.distributed
-def test_bf16_trains_close_to_fp32(trained: Trained, losses: Losses, tiny_run: Run, data: dict[str, Artifact]) -> None:
-    run = tiny_run(ranks=2, engine=EngineConfig(precision=Precision.bf16, zero_stage=2))
-    truth = bare_losses(run, data, torch.float64)
-    got = losses(trained(run))
-    # bf16 keeps 8 bits: each of some 20 roundings on the way to the loss costs 2^-9 at most, and they partly cancel.
-    assert max(abs(a - b) / b for a, b in zip(got, truth, strict=True)) <= 20**0.5 * 2**-9
+@pytest.mark.parametrize("name", NAMED)
+def test_the_weights_put_together_are_the_trained_ones(name: str, jobs: dict[str, TrainingJob]) -> None:
+    """The saved model has the validation loss that the ranks measured together."""
+    job = jobs[name]
+    assert len(losses(job)) == 20
+    measured = json.loads((job.log_dir / "summary.json").read_text())["best_validation_loss"]
+    model = load_decoder(job.best_dir)
+    dataset = PackedDataset(job.tokens_dir, "validation", SEQUENCE_LENGTH)
+    count = job.run.train.eval_tokens // SEQUENCE_LENGTH
+    tokens = torch.from_numpy(np.stack([dataset[i] for i in range(count)]))
+    with torch.no_grad():
+        whole = cross_entropy(model(tokens[:, :-1]), tokens, tokens[:, 1:]).item() / tokens[:, 1:].numel()
+    rounding = 20**0.5 * 2**-9 if job.run.engine.precision == Precision.bf16 else 32 * EPS
+    assert abs(measured - whole) <= rounding * whole

@@ -1,0 +1,86 @@
+"""What a run's engine, model and ranks ask of each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flows.config.checks import require
+
+if TYPE_CHECKING:
+    from flows.config.training import TrainingRun
+
+
+def check_parallelism(run: TrainingRun) -> None:
+    """Raises `ConfigError` for a combination that cannot run, or that DeepSpeed 0.19 runs wrongly without saying so."""
+    _check_ranks(run)
+    _check_pipeline(run)
+    _check_shares(run)
+
+
+def _check_ranks(run: TrainingRun) -> None:
+    engine, ranks = run.engine, run.launcher.num_ranks
+    need = engine.ranks_per_replica
+    require(
+        ranks % need == 0,
+        "launcher.num_ranks",
+        ranks,
+        f"must be a multiple of engine.pipeline_stages={engine.pipeline_stages} x "
+        f"engine.tensor_parallel_size={engine.tensor_parallel_size} x "
+        f"engine.sequence_parallel_size={engine.sequence_parallel_size} = {need}",
+        f"Set launcher.num_ranks={need * max(1, round(ranks / need))}.",
+    )
+
+
+def _check_pipeline(run: TrainingRun) -> None:
+    stages, model = run.engine.pipeline_stages, run.model_section
+    if stages == 1:
+        return
+    require(
+        stages <= run.model.num_hidden_layers,
+        "engine.pipeline_stages",
+        stages,
+        f"must not exceed {model}.num_hidden_layers={run.model.num_hidden_layers}: each stage holds a layer or more",
+        f"Set engine.pipeline_stages={run.model.num_hidden_layers}.",
+    )
+    require(
+        run.engine.zero_stage == 1 or run.train.gradient_clipping == 0,
+        "engine.zero_stage",
+        run.engine.zero_stage,
+        f"cannot be combined with engine.pipeline_stages={stages} and "
+        f"{run.train_section}.gradient_clipping={run.train.gradient_clipping}: DeepSpeed 0.19 then clips by the "
+        "gradient norm of the first stage alone",
+        "Set engine.zero_stage=1.",
+    )
+
+
+def _check_shares(run: TrainingRun) -> None:
+    model, section = run.model, run.model_section
+    tensor, sequence = run.engine.tensor_parallel_size, run.engine.sequence_parallel_size
+    field = "tensor_parallel_size" if tensor > 1 else "sequence_parallel_size"
+    require(
+        model.num_key_value_heads % (tensor * sequence) == 0,
+        f"engine.{field}",
+        getattr(run.engine, field),
+        (f"x engine.sequence_parallel_size={sequence} " if tensor > 1 and sequence > 1 else "")
+        + f"must divide {section}.num_key_value_heads={model.num_key_value_heads}: each rank has whole heads",
+        f"Set {section}.num_key_value_heads={tensor * sequence}, or fewer ranks.",
+    )
+    require(
+        model.intermediate_size % tensor == 0,
+        "engine.tensor_parallel_size",
+        tensor,
+        f"must divide {section}.intermediate_size={model.intermediate_size}",
+        f"Set engine.tensor_parallel_size={_divisor(model.intermediate_size, tensor)}.",
+    )
+    require(
+        run.sequence_length % sequence == 0,
+        "engine.sequence_parallel_size",
+        sequence,
+        f"must divide data.sequence_length={run.sequence_length}",
+        f"Set engine.sequence_parallel_size={_divisor(run.sequence_length, sequence)}.",
+    )
+
+
+def _divisor(number: int, at_most: int) -> int:
+    """Largest divisor of `number` up to `at_most`."""
+    return max(divisor for divisor in range(1, at_most + 1) if number % divisor == 0)
