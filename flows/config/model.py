@@ -28,6 +28,12 @@ class ModelConfig:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     """Key and value heads, shared by groups of query heads (grouped-query attention, arXiv:2305.13245)."""
+    num_experts: int = 0
+    """Feed-forward layers of which each token passes through a few (arXiv:2401.04088); 0 = one for all."""
+    num_experts_per_tok: int = 2
+    """Experts that each token passes through; read only with `num_experts`."""
+    router_aux_loss_coef: float = 0.001
+    """Weight of the loss that keeps experts equally busy (arXiv:2101.03961); Mixtral's. Part of the training loss."""
     rope_theta: float = 10_000.0
     """Base of the rotary position frequencies (arXiv:2104.09864)."""
     rms_norm_eps: float = 1e-5
@@ -61,6 +67,21 @@ class ModelConfig:
             self.num_key_value_heads,
             f"must divide model.num_attention_heads={self.num_attention_heads}",
             "Set model.num_key_value_heads=1, or one of its divisors.",
+        )
+
+        require(
+            self.num_experts == 0 or 2 <= self.num_experts_per_tok <= self.num_experts,
+            "model.num_experts_per_tok",
+            self.num_experts_per_tok,
+            f"must lie between 2 and model.num_experts={self.num_experts}: with one expert the gate learns nothing",
+            "Set model.num_experts_per_tok=2, or model.num_experts=0.",
+        )
+        require(
+            self.router_aux_loss_coef >= 0,
+            "model.router_aux_loss_coef",
+            self.router_aux_loss_coef,
+            "must not be negative",
+            "Set it to 0 to turn it off.",
         )
 
     @property

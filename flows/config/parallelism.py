@@ -15,6 +15,7 @@ def check_parallelism(run: TrainingRun) -> None:
     _check_ranks(run)
     _check_pipeline(run)
     _check_shares(run)
+    _check_experts(run)
 
 
 def _check_ranks(run: TrainingRun) -> None:
@@ -79,6 +80,58 @@ def _check_shares(run: TrainingRun) -> None:
         f"must divide data.sequence_length={run.sequence_length}",
         f"Set engine.sequence_parallel_size={_divisor(run.sequence_length, sequence)}.",
     )
+
+
+def _check_experts(run: TrainingRun) -> None:
+    engine, model, section = run.engine, run.model, run.model_section
+    size, experts = engine.expert_parallel_size, model.num_experts
+    if experts == 0:
+        require(
+            size == 1 or run.objective == "distillation",  # the teacher may have experts
+            "engine.expert_parallel_size",
+            size,
+            f"needs experts to share, and {section}.num_experts=0",
+            f"Set {section}.num_experts={4 * size}, or engine.expert_parallel_size=1.",
+        )
+        return
+    for field, only in NOT_WITH_EXPERTS.items():
+        value = getattr(engine, field)
+        require(
+            value in only,
+            f"engine.{field}",
+            value,
+            f"cannot be combined with {section}.num_experts={experts}: mixtures of experts are shared among "
+            "data-parallel ranks, and only with ZeRO 0-2 has DeepSpeed 0.19 been shown right with them",
+            f"Set engine.{field}={only[-1]}.",
+        )
+    for name, whole in ((f"{section}.num_experts", experts), ("the number of data-parallel ranks", run.dp_size)):
+        require(
+            whole % size == 0,
+            "engine.expert_parallel_size",
+            size,
+            f"must divide {name}, {whole}",
+            f"Set engine.expert_parallel_size={_divisor(whole, size)}.",
+        )
+    require(
+        size == 1 or engine.zero_stage > 0 or run.train.gradient_clipping == 0,
+        "engine.zero_stage",
+        engine.zero_stage,
+        f"cannot be combined with engine.expert_parallel_size={size} and "
+        f"{run.train_section}.gradient_clipping={run.train.gradient_clipping}: DeepSpeed 0.19 then takes the mean of "
+        "the ranks' gradient norms for the norm",
+        "Set engine.zero_stage=1.",
+    )
+
+
+NOT_WITH_EXPERTS: dict[str, tuple[object, ...]] = {
+    "zero_stage": (0, 2, 1),
+    "pipeline_stages": (1,),
+    "tensor_parallel_size": (1,),
+    "sequence_parallel_size": (1,),
+    "offload_optimizer": ("none",),
+    "compile": (False,),
+}
+"""Values that have been shown right with mixtures of experts; the last is the remedy."""
 
 
 def _divisor(number: int, at_most: int) -> int:

@@ -30,9 +30,16 @@ def hugging_face_config(
         eos_token_id: Token that ends a document.
         dtype: Number format of the weights, e.g. "float32".
     """
+    mixture = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+        "sliding_window": None,
+    }
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **(mixture if config.num_experts else {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}),
         "vocab_size": vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -89,6 +96,7 @@ def read_config(directory: Path) -> tuple[ModelConfig, int]:
             rms_norm_eps=found.get("rms_norm_eps", 1e-6),
             initializer_range=found.get("initializer_range", 0.02),
             tie_word_embeddings=found.get("tie_word_embeddings", False),
+            **_mixture(found),
         )
         vocab_size = int(found["vocab_size"])
     except KeyError as error:
@@ -101,6 +109,16 @@ def read_config(directory: Path) -> tuple[ModelConfig, int]:
     return config, vocab_size
 
 
+def _mixture(found: dict[str, Any]) -> dict[str, Any]:
+    if found["model_type"] != "mixtral":
+        return {}
+    return {
+        "num_experts": found["num_local_experts"],
+        "num_experts_per_tok": found.get("num_experts_per_tok", 2),
+        "router_aux_loss_coef": found.get("router_aux_loss_coef", 0.001),
+    }
+
+
 def _rope(found: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings, where transformers 5 writes them (`rope_parameters`) or where earlier ones do."""
     earlier = {"rope_theta": found["rope_theta"]} if "rope_theta" in found else {}
@@ -108,8 +126,10 @@ def _rope(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_architectures(path: Path, found: dict[str, Any]) -> None:
-    if found.get("model_type") != "llama":
-        raise CheckpointError(_unsupported(path, "model_type", found.get("model_type"), "llama"))
+    if found.get("model_type") not in ("llama", "mixtral"):
+        raise CheckpointError(_unsupported(path, "model_type", found.get("model_type"), "llama or mixtral"))
+    if found.get("sliding_window") is not None and found["model_type"] == "mixtral":
+        raise CheckpointError(_unsupported(path, "sliding_window", found["sliding_window"], None))
     for field, assumed in _ASSUMED.items():
         value = found.get(field, assumed)
         if value != assumed:

@@ -13,6 +13,7 @@ from torch.nn.functional import silu
 
 from flows.config.model import ModelConfig
 from flows.model.attention import Attention, allowed_keys, rotary
+from flows.model.mixture_of_experts import MixtureOfExperts
 from kernels.rms_norm import rms_norm
 
 
@@ -50,14 +51,18 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = FeedForward(config)
+        if config.num_experts:
+            self.block_sparse_moe = MixtureOfExperts(config)
+        else:
+            self.mlp = FeedForward(config)
+        self._feeds_through = "block_sparse_moe" if config.num_experts else "mlp"
         self.input_layernorm = RMSNorm(config)
         self.post_attention_layernorm = RMSNorm(config)
 
     def forward(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
         """The residual stream [B, L, D] after this layer."""
         x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), rotation, allowed_B1LL)
-        return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+        return x_BLD + getattr(self, self._feeds_through)(self.post_attention_layernorm(x_BLD))
 
 
 class DecoderStack(nn.Module):
@@ -139,6 +144,6 @@ def initialize(model: Decoder, seed: int) -> None:
             parameter.fill_(1.0)
             continue
         std = config.initializer_range
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight")):
             std /= (2 * config.num_hidden_layers) ** 0.5
         parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

@@ -95,8 +95,7 @@ def _model(training_run: TrainingRun) -> Decoder:
 
 def _our_loop(training_run: TrainingRun) -> Callable[[], float]:
     from flows.training.batches import micro_batches
-    from flows.training.engine import build_engine, set_learning_rate
-    from flows.training.engine import train_step
+    from flows.training.engine import build_engine, set_learning_rate, train_step
     from flows.training.objectives import LossModule, cross_entropy
     from flows.training.schedules import learning_rate
 

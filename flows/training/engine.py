@@ -22,6 +22,7 @@ from flows.config.training import TrainingRun
 from flows.model.decoder import Decoder
 from flows.training.batches import Batch
 from flows.training.deepspeed_config import deepspeed_config
+from flows.training.expert_parallel import balance_penalty, share_experts, split_expert_groups, whole_experts
 from flows.training.objectives import LossModule
 from flows.training.optimizers import build_optimizer
 from flows.training.pipeline import PipelineDecoder, gather_stages, pipeline_loss, pipeline_step
@@ -45,15 +46,19 @@ def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
     """A DeepSpeed engine around `module`; the same weights must be in it on every rank."""
     model = cast(Decoder, module.model)
     share_sequences(model, run)
+    if run.model.num_experts:
+        share_experts(model, run)
+        module.penalty = partial(balance_penalty, model, run)
     if run.engine.activation_checkpointing:
         _recompute_layers(model)
     if run.engine.pipeline_stages > 1:
         whole: nn.Module = PipelineDecoder(model, module.loss, run.engine.pipeline_stages)
     else:
         whole = module
-    engine, *_ = deepspeed.initialize(
-        model=whole, optimizer=build_optimizer(whole, run.train.optimizer), config=deepspeed_config(run)
-    )
+    optimizer = build_optimizer(whole, run.train.optimizer)
+    if run.model.num_experts:
+        split_expert_groups(optimizer)
+    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=deepspeed_config(run))
     if run.engine.compile:
         engine.compile()
     return engine
@@ -128,8 +133,9 @@ def gather_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):  # a no-op below ZeRO-3
             weight = whole_weight(name, parameter.detach()) if sharded else parameter.detach()
-            if dist.get_rank() == 0:
-                weights[name] = weight.cpu().clone()
+            for whole_name, whole in whole_experts(model, name, weight).items():
+                if dist.get_rank() == 0:
+                    weights[whole_name] = whole.cpu().clone()
     return weights
 
 

@@ -74,9 +74,12 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss  # a closure, so that a teacher is neither trained, sharded nor saved
+        self.penalty: Callable[[], torch.Tensor] | None = None
+        """What the last forward adds to the training loss besides."""
 
     def forward(self, input_ids_BL: torch.Tensor, targets_BL: torch.Tensor, loss_tokens: torch.Tensor) -> torch.Tensor:
         """Loss to minimize while training, cross-entropy while evaluating: the sum divided by `loss_tokens` []."""
         logits_BLV = self.model(input_ids_BL)
         loss = self.loss if self.training else cross_entropy
-        return loss(logits_BLV, input_ids_BL, targets_BL) / loss_tokens
+        mean = loss(logits_BLV, input_ids_BL, targets_BL) / loss_tokens
+        return mean + self.penalty() if self.penalty and self.training else mean

@@ -25,7 +25,7 @@ from flows.config import from_json  # noqa: E402
 from flows.training.job import TrainingJob  # noqa: E402
 from flows.training.loop import train  # noqa: E402
 
-# Else every fork imports them: its first optimizer, and DeepSpeed when it looks at the optimizer and at the first batch.
+# Else every fork imports them, with its first optimizer, or when DeepSpeed looks at it and at the first batch.
 for name in ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers"):
     importlib.import_module(name)
 

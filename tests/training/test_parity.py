@@ -41,6 +41,7 @@ UNTIED = {"tie_word_embeddings": False}
 TINY = ModelConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
 )
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
 WIDE = {"num_hidden_layers": 4, "num_key_value_heads": 4}
 
 
@@ -98,6 +99,13 @@ CASES = [
     Case(2, {**SEQUENCE, **RECOMPUTE}),
     Case(2, {**SEQUENCE, **BF16}),
     Case(2, SEQUENCE, distills=True),
+    Case(1, {"zero_stage": 1}, EXPERTS),
+    *[Case(2, {"zero_stage": stage, "expert_parallel_size": 1}, EXPERTS) for stage in (0, 1, 2)],
+    *[Case(2, {"zero_stage": stage, "expert_parallel_size": 2}, EXPERTS) for stage in (1, 2)],
+    Case(2, {"expert_parallel_size": 2, **RECOMPUTE}, {**EXPERTS, "num_experts_per_tok": 3}),
+    Case(2, {"expert_parallel_size": 2, **BF16}, EXPERTS),
+    Case(2, {"expert_parallel_size": 2}, EXPERTS, distills=True),
+    Case(4, {"expert_parallel_size": 2}, EXPERTS, optimizer=optimizer(Optimizer.sgd, 0.1)),
     Case(4, {"zero_stage": 3}),
     Case(4, PIPELINE),
     Case(4, {**PIPELINE, "pipeline_stages": 4}, WIDE),
@@ -180,6 +188,18 @@ def losses(job: TrainingJob) -> list[float]:
     return curve
 
 
+def unbalance(gates: list[torch.Tensor], config: ModelConfig) -> torch.Tensor | float:
+    """GShard's balance loss (arXiv:2006.16668) of each layer's scores [B, L, E], weighted; DeepSpeed counts the first
+    choice if there are two, else each."""
+    total: torch.Tensor | float = 0.0
+    for scores in gates:
+        probabilities = scores.flatten(0, 1).softmax(-1)
+        counted = 1 if config.num_experts_per_tok == 2 else config.num_experts_per_tok
+        chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(counted, dim=1).indices, 1.0 / counted)
+        total = total + config.num_experts * (probabilities.mean(0) * chosen.mean(0)).sum()
+    return config.router_aux_loss_coef * total
+
+
 @cache
 def bare_losses(
     model_config: ModelConfig,
@@ -209,20 +229,32 @@ def bare_losses(
         ),
     }
     update = updates[settings.name]()
+    routers = [layer.block_sparse_moe.gate for layer in model.model.layers] if model_config.num_experts else []
     curve, norms = [], []
     size = run.global_batch_size
     for step in range(run.max_steps):
         rows = [dataset[int(i)] for i in sample_order(len(dataset), step * size, size, 0)]
         tokens = torch.from_numpy(np.stack(rows))
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        loss = loss_fn(model(inputs), inputs, targets) / targets.numel()
         update.zero_grad()
-        loss.backward()
+        total = 0.0
+        # How experts are balanced is a matter of each micro batch; the rest does not depend on how rows are cut.
+        parts = tokens.split(2 if model_config.num_experts else size)
+        for part in parts:
+            inputs, targets = part[:, :-1], part[:, 1:]
+            gates: list[torch.Tensor] = []
+            hooks = [gate.register_forward_hook(lambda _, x, y, gates=gates: gates.append(y)) for gate in routers]
+            loss = loss_fn(model(inputs), inputs, targets) / tokens[:, 1:].numel() + unbalance(
+                gates, model_config
+            ) / len(parts)
+            for hook in hooks:
+                hook.remove()
+            loss.backward()
+            total += loss.item()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), run.gradient_clipping))
         for group in update.param_groups:
             group["lr"] = learning_rate(run, step)
         update.step()
-        curve.append(loss.item())
+        curve.append(total)
     assert max(norms) > 1.5 * run.gradient_clipping, "the clip value has to bind, or a wrong norm does not show"
     return curve
 
