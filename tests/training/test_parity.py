@@ -53,13 +53,11 @@ class Case:
     engine: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     optimizer: OptimizerConfig = ADAMW
-    micro_batch_size: int = 2
     distills: bool = False
 
     def __str__(self) -> str:
-        settings = {**self.engine, **self.model, "micro": self.micro_batch_size}
-        words = [f"{name.removesuffix('_size')}={value}" for name, value in settings.items()]
-        return " ".join([f"{self.ranks}r", self.optimizer.name, *words, *(["distills"] if self.distills else [])])
+        words = [f"{name}={value}".replace("_size", "") for name, value in {**self.engine, **self.model}.items()]
+        return " ".join([f"{self.ranks} ranks", self.optimizer.name, *words, *(["distills"] if self.distills else [])])
 
 
 def optimizer(name: Optimizer, learning_rate: float) -> OptimizerConfig:
@@ -133,10 +131,11 @@ def make_jobs(
 ) -> dict[str, TrainingJob]:
     jobs = {}
     for name, case in NAMED.items():
+        engine = EngineConfig(**case.engine)
         run = tiny_run(
             ranks=case.ranks,
-            micro_batch_size=case.micro_batch_size,
-            engine=EngineConfig(**case.engine),
+            micro_batch_size=4 * engine.ranks_per_replica // case.ranks,  # two micro steps
+            engine=engine,
             optimizer=case.optimizer,
             model=replace(TINY, **case.model),
             max_steps=20,
@@ -173,7 +172,7 @@ def jobs(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -238,7 +237,7 @@ def bare_losses(
         update.zero_grad()
         total = 0.0
         # How experts are balanced is a matter of each micro batch; the rest does not depend on how rows are cut.
-        parts = tokens.split(2 if model_config.num_experts else size)
+        parts = tokens.split(run.micro_batch_size if model_config.num_experts else size)
         for part in parts:
             inputs, targets = part[:, :-1], part[:, 1:]
             gates: list[torch.Tensor] = []
@@ -262,7 +261,7 @@ def bare_losses(
 def bare_curves(job: TrainingJob) -> tuple[list[float], float]:
     """The float64 curve, and how far a float32 one strays from it."""
     run = job.run
-    train = replace(run.train, micro_batch_size=1)
+    train = run.train if run.model.num_experts else replace(run.train, micro_batch_size=1)  # cached
     truth, plain = (
         bare_losses(run.model, run.train.optimizer, job.tokens_dir, job.teacher_dir, dtype, train)
         for dtype in (torch.float64, torch.float32)
