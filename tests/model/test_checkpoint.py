@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from flows.config import ConfigError
 from flows.config.model import ModelConfig
@@ -28,6 +28,7 @@ TINY = ModelConfig(
 SHAPES = {
     "grouped, tied": TINY,
     "grouped, untied": replace(TINY, tie_word_embeddings=False),
+    "experts": replace(TINY, num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.001),
     "all heads, untied": replace(TINY, num_key_value_heads=4, tie_word_embeddings=False),
 }
 NOISE = 64 * torch.finfo(torch.float32).eps
@@ -79,7 +80,7 @@ def assert_same_logits(ours: Decoder, theirs: LlamaForCausalLM) -> None:
 def test_transformers_reads_what_we_save(config: ModelConfig, tmp_path: Path) -> None:
     ours = saved(tmp_path, config)
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert isinstance(theirs, LlamaForCausalLM)
+    assert isinstance(theirs, MixtralForCausalLM if config.num_experts else LlamaForCausalLM)
     assert not any(report.values())
     assert (theirs.dtype, theirs.config.eos_token_id) == (torch.float32, 0)
     assert theirs.config.max_position_embeddings == 64
@@ -90,8 +91,11 @@ def test_transformers_reads_what_we_save(config: ModelConfig, tmp_path: Path) ->
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 def test_we_read_what_transformers_saves(config: ModelConfig, shard: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
+    mixture = {"num_local_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
+    of_class, of_config = (MixtralForCausalLM, MixtralConfig) if config.num_experts else (LlamaForCausalLM, LlamaConfig)
+    theirs = of_class(
+        of_config(
+            **(mixture if config.num_experts else {}),
             vocab_size=VOCAB,
             hidden_size=32,
             intermediate_size=48,
@@ -201,7 +205,7 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type=gpt2, and our decoder computes model_type=llama only"),
+        ({"model_type": "gpt2"}, r"model_type=gpt2, and our decoder computes model_type=llama or mixtral only"),
         ({"hidden_act": "gelu"}, r"hidden_act=gelu, and our decoder computes hidden_act=silu only"),
         ({"attention_bias": True}, r"attention_bias=True"),
         ({"head_dim": 16}, r"head_dim=16, and our decoder computes head_dim=hidden_size / heads = 8 only"),

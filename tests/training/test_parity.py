@@ -209,6 +209,7 @@ def bare_losses(
     run: Any,
 ) -> list[float]:
     """The run without an engine: one process, whole batches, no accumulation."""
+    torch.set_num_threads(1)  # too small to share
     model = Decoder(model_config, VOCAB_SIZE)
     initialize(model, 0)
     model = model.to(dtype)
