@@ -20,7 +20,7 @@ SCHEMA = pa.schema([("name", pa.string()), ("text", pa.string())])
 
 def read_documents_of(directory: Path, split: str) -> Iterator[tuple[str, str]]:
     """Iterates over (name, text) of a split of a corpus artifact, at most one row group in memory."""
-    with pq.ParquetFile(directory / f"{split}.parquet", memory_map=True) as file:
+    with pq.ParquetFile(directory / f"{split}.parquet", buffer_size=2**20) as file:
         for index in range(file.num_row_groups):
             rows = file.read_row_group(index, use_threads=False)
             yield from zip(rows["name"].to_pylist(), rows["text"].to_pylist(), strict=True)

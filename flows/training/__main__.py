@@ -11,8 +11,6 @@ from flows.config.engine import Device
 from flows.launcher import follow_parent, speak_error
 from flows.training.job import TrainingJob
 
-EXIT_RUN_ERROR = 1
-
 
 def main(run_path: Path) -> int:
     """Trains as run.json says; the process's exit code."""
@@ -30,7 +28,7 @@ def main(run_path: Path) -> int:
         speak_error(job.log_dir, str(error))
         print(f"error: {error}", file=sys.stderr)
         sys.stderr.flush()
-        os._exit(EXIT_RUN_ERROR)  # other ranks have failed too, or wait for us: no orderly goodbye
+        os._exit(error.exit_code)  # other ranks have failed too, or wait for us: no orderly goodbye
     return 0
 
 
