@@ -28,6 +28,9 @@ class Batch(NamedTuple):
     """int64 [micro batch, length]; `IGNORED` where no loss is taken."""
     loss_tokens: Tensor
     """Targets that count in the whole global batch, divided by the micro batches it is cut into; float32 []."""
+    document_ids_BL: Tensor | None = None
+    """int64 [micro batch, length]: number of the token's document within its row, never falling. None: each row is one
+    document, or documents may look at each other."""
 
 
 class Sequences(Protocol):
