@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import gcd
 
+from pydantic import ConfigDict
+
 from flows.config.checks import require, require_fraction, require_positive
 
 MAIN = "main"
@@ -52,6 +54,7 @@ class UnicodeForm(StrEnum):
 class CorpusConfig:
     """Raw documents to clean, split text."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     source: Source = Source.stdlib
     """`stdlib`: the source text of Python's standard library; `files`: `paths`; `huggingface`: `dataset`."""
     paths: tuple[str, ...] = ()
@@ -196,6 +199,7 @@ class EncodeConfig:
 class MixedCorpus:
     """A further corpus of a mixture."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")  # entries have names of the user's: OmegaConf cannot check them
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     weight: int = 1
     """Sequences from it for every `data.main_weight` sequences of the main corpus."""
