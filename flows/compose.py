@@ -128,3 +128,4 @@ def _thaw(node: Any) -> None:
             _thaw(child)
     if OmegaConf.get_type(node) is dict:
         OmegaConf.set_struct(node, False)  # raw keys of others, e.g. engine.deepspeed
+        node._metadata.element_type = Any  # OmegaConf would make read-only entries; `_to_config` checks their types

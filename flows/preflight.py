@@ -14,7 +14,8 @@ from flows.training.deepspeed_config import deepspeed_config
 
 def check(config: Config) -> None:
     """Raises `ConfigError` for missing files, hardware and software that this run would need."""
-    check_sources(config.data.corpus)
+    for corpus in config.data.corpora.values():
+        check_sources(corpus)
     runs = [config.base_run()] + ([config.student_run()] if config.distill.enabled else [])
     for run in runs:
         deepspeed_config(run)

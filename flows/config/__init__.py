@@ -130,7 +130,12 @@ class Config:
 
     def quality(self) -> QualityConfig:
         """Measurement of each candidate on the test split."""
-        return QualityConfig(max_tokens=self.evaluate.max_tokens, sequence_length=self.data.sequence_length)
+        return QualityConfig(
+            max_tokens=self.evaluate.max_tokens,
+            sequence_length=self.data.sequence_length,
+            document_masks=self.data.document_masks,
+            mixture=self.data.weights,
+        )
 
     def gating(self) -> GatingConfig:
         """Choice among the candidates."""
@@ -169,6 +174,8 @@ class Config:
             seed=self.seed,
             temperature=temperature,
             alpha=alpha,
+            document_masks=self.data.document_masks,
+            mixture=self.data.weights,
         )
 
 

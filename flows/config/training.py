@@ -125,6 +125,10 @@ class TrainingRun:
     """Read by distillation only."""
     alpha: float = 1.0
     """Read by distillation only."""
+    document_masks: bool = False
+    """Whether documents that share a sequence are told apart."""
+    mixture: dict[str, int] = field(default_factory=dict)
+    """Weight of each corpus by name; empty = there is one."""
 
     @property
     def model_section(self) -> str:

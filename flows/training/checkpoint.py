@@ -29,6 +29,10 @@ class TrainingState:
     best_loss: float = math.inf
     """Lowest validation loss so far, in nats per token."""
     evals_without_improvement: int = 0
+    receipt: str = ""
+    """Last link of the chain over the sequences seen so far; see `flows.training.receipts`."""
+    loss_tokens: int = 0
+    """Targets that counted so far."""
 
 
 def save_checkpoint(engine: DeepSpeedEngine, directory: Path, state: TrainingState, keep: int) -> None:

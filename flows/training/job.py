@@ -16,6 +16,7 @@ class TrainingJob:
     directory: Path
     """The stage's artifact directory, still being made."""
     tokens_dir: Path
+    tokens_digest: str
     tokenizer_dir: Path
     teacher_dir: Path | None = None
 

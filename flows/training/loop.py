@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,8 @@ from flows.artifact import write_json_atomically
 from flows.config import RunError
 from flows.config.model import Kernels
 from flows.config.training import Objective, TrainConfig, TrainingRun
-from flows.data.packed import PackedDataset
+from flows.data.mixture import epochs, open_split
+from flows.data.packed import Sequences
 from flows.launcher import Heartbeat
 from flows.model.checkpoint import load_decoder, load_initial_weights, save_decoder
 from flows.model.decoder import Decoder, initialize
@@ -26,6 +27,7 @@ from flows.training.engine import build_engine, close_engine, gather_weights, se
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
+from flows.training.receipts import ReceiptLog, first_link, next_link
 from flows.training.schedules import learning_rate
 
 
@@ -44,20 +46,27 @@ def train(job: TrainingJob) -> None:
     heartbeat = Heartbeat(job.log_dir)
     heartbeat.beat()
     index = json.loads((job.tokens_dir / "index.json").read_text())
-    dataset = PackedDataset(job.tokens_dir, "train", run.sequence_length)
-    validation = PackedDataset(job.tokens_dir, "validation", run.sequence_length)
+    dataset = open_split(job.tokens_dir, "train", run.sequence_length, run.document_masks, run.mixture)
+    validation = open_split(job.tokens_dir, "validation", run.sequence_length, run.document_masks, run.mixture)
     engine = build_engine(LossModule(_initial_model(run, index["vocab_size"]), _loss(job)), run)
     state = load_newest_checkpoint(engine, job.checkpoint_dir)
     first_step = state.step
     leader = dist.get_rank() == 0
     log = MetricsLog(job.log_dir, state.step, run.tracking.tensorboard) if leader else None
+    receipts = ReceiptLog(job.log_dir, state.step, run.train.max_steps) if leader else None
+    state.receipt = state.receipt or first_link(job.tokens_digest, run.sequence_length)
     tokens_per_step = run.train.global_batch_size * run.sequence_length
     started, since = time.monotonic(), state.step
     while not _finished(state, run.train):
         rate = learning_rate(run.train, state.step)
         set_learning_rate(engine, rate)
-        loss = train_step(engine, micro_batches(dataset, run, state.step, engine.device), state.step)
+        batches = micro_batches(dataset, run, state.step, engine.device)
+        loss = train_step(engine, batches, state.step)
         state.step += 1
+        state.receipt = next_link(state.receipt, state.step, batches.sample_ids)
+        state.loss_tokens += batches.loss_tokens
+        if receipts:
+            receipts.write(state.step, state.receipt)
         heartbeat.beat()
         if log and (state.step % run.train.log_interval_steps == 0 or state.step == run.train.max_steps):
             speed = tokens_per_step * (state.step - since) / (time.monotonic() - started)
@@ -72,7 +81,8 @@ def train(job: TrainingJob) -> None:
             started, since = time.monotonic(), state.step
         if _due(state.step, run.train.checkpoint_interval_steps, run.train):
             save_checkpoint(engine, job.checkpoint_dir, state, run.train.keep_checkpoints)
-    if leader:
+    if receipts:
+        receipts.write(state.step, state.receipt, last=True)
         write_json_atomically(
             job.log_dir / "summary.json",
             {
@@ -82,13 +92,16 @@ def train(job: TrainingJob) -> None:
                 "best_validation_loss": state.best_loss,
                 "parameters": sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters()),
                 "train_tokens": state.step * tokens_per_step,
+                "loss_tokens": state.loss_tokens,
                 "epochs": round(state.step * run.train.global_batch_size / len(dataset), 3),
+                "epochs_by_corpus": epochs(dataset, state.step * run.train.global_batch_size),
+                "receipt": state.receipt,
             },
         )
     close_engine(engine)
 
 
-def train_step(engine: DeepSpeedEngine, batches: Iterator[Batch], step: int) -> float:
+def train_step(engine: DeepSpeedEngine, batches: Iterable[Batch], step: int) -> float:
     """Runs one optimizer update on this rank's micro batches; the mean loss over all ranks, in nats per token.
 
     Raises:
@@ -113,19 +126,19 @@ def train_step(engine: DeepSpeedEngine, batches: Iterator[Batch], step: int) -> 
     return mean
 
 
-def evaluate(engine: DeepSpeedEngine, dataset: PackedDataset, run: TrainingRun, heartbeat: Heartbeat) -> float:
+def evaluate(engine: DeepSpeedEngine, dataset: Sequences, run: TrainingRun, heartbeat: Heartbeat) -> float:
     """Validation cross-entropy in nats per token, over the same first `eval_tokens` tokens each time."""
-    count = min(len(dataset), max(1, run.train.eval_tokens // run.sequence_length))
+    chosen = dataset.first(max(1, run.train.eval_tokens // run.sequence_length))
     size, ranks, rank = run.train.micro_batch_size, dist.get_world_size(), dist.get_rank()
     sums = torch.zeros(2, dtype=torch.float64)
     engine.eval()
     with torch.no_grad():
-        for first in range(0, count, size * ranks):
-            mine = range(first + rank * size, min(first + (rank + 1) * size, count))
+        for first in range(0, len(chosen), size * ranks):
+            mine = chosen[first + rank * size : first + (rank + 1) * size]
             # A rank left without sequences runs one that does not count: ZeRO-3 gathers weights with all ranks.
-            batch = to_batch([dataset[i] for i in mine] or [dataset[0]], engine.device)
-            mean = float(engine(*batch))
-            if mine:
+            batch = to_batch([dataset.row(int(i)) for i in (mine if len(mine) else chosen[:1])], engine.device)
+            mean = float(engine(*batch._replace(loss_tokens=batch.loss_tokens.clamp(min=1))))
+            if len(mine):
                 sums += torch.tensor([mean, 1.0], dtype=torch.float64) * float(batch.loss_tokens)
             heartbeat.beat()
     engine.train()
@@ -139,7 +152,7 @@ def evaluate(engine: DeepSpeedEngine, dataset: PackedDataset, run: TrainingRun, 
 
 def _evaluate_and_keep_best(
     engine: DeepSpeedEngine,
-    validation: PackedDataset,
+    validation: Sequences,
     job: TrainingJob,
     state: TrainingState,
     log: MetricsLog | None,

@@ -50,6 +50,7 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
         run=config,
         directory=directory,
         tokens_dir=parents["tokens"].path,
+        tokens_digest=parents["tokens"].digest,
         tokenizer_dir=parents["tokenizer"].path,
         teacher_dir=teacher.path if teacher else None,
     )
@@ -62,7 +63,9 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
         launch_ranks(RUNS.removesuffix(".__main__"), run_path, config.launcher, job.log_dir, _progress(job, bar))
     for path in job.best_dir.iterdir():
         path.replace(directory / path.name)
-    shutil.copy(job.tokenizer_dir / "tokenizer.json", directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (job.tokenizer_dir / name).exists():
+            shutil.copy(job.tokenizer_dir / name, directory)
     shutil.rmtree(job.checkpoint_dir)
     for heartbeat in job.log_dir.glob("*.heartbeat"):
         heartbeat.unlink()
