@@ -125,6 +125,15 @@ def write_json_atomically(path: Path, value: Any) -> None:
     aside.replace(path)
 
 
+def flush_directory(directory: Path) -> None:
+    """Has the names of a directory's files on disk when it returns, after a rename for instance."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @cache
 def _parse(module: str) -> ast.Module:
     return ast.parse(_source_path(module).read_text())

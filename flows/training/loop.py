@@ -21,7 +21,7 @@ from flows.launcher import Heartbeat
 from flows.model.checkpoint import load_decoder, load_initial_weights, save_decoder
 from flows.model.decoder import Decoder, initialize
 from flows.training.batches import Batch, micro_batches, to_batch
-from flows.training.checkpoint import TrainingState, load_newest_checkpoint, save_checkpoint
+from flows.training.checkpoint import Checkpoints, TrainingState
 from flows.training.engine import build_engine, close_engine, gather_weights, set_learning_rate, start_process_group
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
@@ -47,7 +47,8 @@ def train(job: TrainingJob) -> None:
     dataset = PackedDataset(job.tokens_dir, "train", run.sequence_length)
     validation = PackedDataset(job.tokens_dir, "validation", run.sequence_length)
     engine = build_engine(LossModule(_initial_model(run, index["vocab_size"]), _loss(job)), run)
-    state = load_newest_checkpoint(engine, job.checkpoint_dir)
+    checkpoints = Checkpoints(job.checkpoint_dir, engine, dict(engine.module.model.named_parameters()), run.train)
+    state = checkpoints.load()
     first_step = state.step
     leader = dist.get_rank() == 0
     log = MetricsLog(job.log_dir, state.step, run.tracking.tensorboard) if leader else None
@@ -71,13 +72,15 @@ def train(job: TrainingJob) -> None:
         if log and state.step % run.train.log_interval_steps == 0:
             started, since = time.monotonic(), state.step
         if _due(state.step, run.train.checkpoint_interval_steps, run.train):
-            save_checkpoint(engine, job.checkpoint_dir, state, run.train.keep_checkpoints)
+            checkpoints.save(state)
+    checkpoints.wait()
     if leader:
         write_json_atomically(
             job.log_dir / "summary.json",
             {
                 "steps": state.step,
                 "resumed_from_step": first_step,
+                "layouts": state.layouts,
                 "stopped_early": state.step < run.train.max_steps,
                 "best_validation_loss": state.best_loss,
                 "parameters": sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters()),

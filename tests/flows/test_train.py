@@ -101,7 +101,7 @@ def test_an_interrupted_run_carries_on(
         command, cwd=ROOT, env=workplace.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     store = workplace.root / "artifacts/store"
-    until(lambda: list(store.glob("base-*.partial/checkpoints/step-*/complete.json")) or flow.poll() is not None)
+    until(lambda: list(store.glob("base-*.partial/checkpoints/step-*/manifest.json")) or flow.poll() is not None)
     assert flow.poll() is None
     os.kill(flow.pid, ending)
     _, spoken = flow.communicate(timeout=60)

@@ -48,7 +48,7 @@ def interrupted(train: Callable[[], Artifact], store: Path, checkpoint: str, ran
 
     thread = threading.Thread(target=run)
     thread.start()
-    until(lambda: list(store.glob(f"*.partial/checkpoints/{checkpoint}/complete.json")) or errors)
+    until(lambda: list(store.glob(f"*.partial/checkpoints/{checkpoint}/manifest.json")) or errors)
     assert not errors, errors
     victims = [p for p in ranks_of_this_process() if p.environ()["RANK"] == str(rank)]
     os.kill(victims[0].pid, signal.SIGKILL)
@@ -84,20 +84,20 @@ def test_damaged_checkpoints_are_passed_over(
 ) -> None:
     interrupted(lambda: trained(long_run), tmp_path / "store", "step-00000060")
     checkpoints = next((tmp_path / "store").glob("*.partial/checkpoints"))
-    complete = sorted(path.parent for path in checkpoints.glob("step-*/complete.json"))
+    complete = sorted(path.parent for path in checkpoints.glob("step-*/manifest.json"))
     assert len(complete) == 2  # keep_checkpoints
-    newest = max(complete[-1].glob("*.pt"), key=lambda path: path.stat().st_size)
+    newest = max(complete[-1].glob("*.safetensors"), key=lambda path: path.stat().st_size)
     flipped = bytearray(newest.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     newest.write_bytes(flipped)
-    cut_short = checkpoints / "step-00000150"
+    cut_short = checkpoints / ".step-00000150.partial"
     cut_short.mkdir()
-    (cut_short / "half.pt").write_bytes(b"half")
+    (cut_short / "half.safetensors").write_bytes(b"half")
     resumed = trained(long_run)
     assert resumed.metrics["resumed_from_step"] == int(complete[-2].name.removeprefix("step-"))
     log = (resumed.path / "logs" / "rank-0.log").read_text()
     assert f"{newest.name} has changed since it was written" in log
-    assert "step-00000150 was cut short" in log
+    assert ".step-00000150.partial was cut short" in log
     assert losses(resumed) == losses(trained(long_run, store="other"))
 
 
@@ -136,7 +136,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_checkpoint(
         RankError, match=r"the training loss is (nan|inf) at step \d+; the optimizer step was not taken"
     ):
         trained(run)
-    assert list((tmp_path / "store").glob("*.partial/checkpoints/step-*/complete.json"))
+    assert list((tmp_path / "store").glob("*.partial/checkpoints/step-*/manifest.json"))
 
 
 def test_early_stopping_keeps_the_best_weights(trained: Trained, tiny_run: Run) -> None:
