@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file  # torch's refuses several parts of one tensor
 from torch import Tensor
@@ -45,22 +46,25 @@ def pieces_of(fragments: Iterable[Fragment], copy: bool = False) -> Iterator[Pie
 def write_pieces(directory: Path, stem: str, pieces: Iterable[Piece]) -> list[Path]:
     """Writes `<stem>-<n>.safetensors` files and flushes them to disk; their paths."""
     paths: list[Path] = []
-    waiting: dict[str, Tensor] = {}
-
-    def write() -> None:
-        path = directory / f"{stem}-{len(paths):05d}.safetensors"
-        save_file({entry: tensor.numpy() for entry, tensor in waiting.items()}, path)
+    for number, tensors in enumerate(_by_size(pieces)):
+        path = directory / f"{stem}-{number:05d}.safetensors"
+        save_file(tensors, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
         paths.append(path)
-        waiting.clear()
-
-    for name, key, start, tensor in pieces:
-        waiting[f"{name}|{key}|{start}"] = tensor
-        if sum(held.nbytes for held in waiting.values()) >= FILE_BYTES:
-            write()
-    write()
     return paths
+
+
+def _by_size(pieces: Iterable[Piece]) -> Iterator[dict[str, NDArray[Any]]]:
+    waiting: dict[str, NDArray[Any]] = {}
+    waiting_bytes = 0
+    for name, key, start, tensor in pieces:
+        waiting[f"{name}|{key}|{start}"] = tensor.numpy()
+        waiting_bytes += tensor.nbytes
+        if waiting_bytes >= FILE_BYTES:
+            yield waiting
+            waiting, waiting_bytes = {}, 0
+    yield waiting
 
 
 class PieceReader:
@@ -68,12 +72,12 @@ class PieceReader:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._open = ExitStack()
-        self._pieces: dict[tuple[str, str], list[tuple[int, str, Any]]] = defaultdict(list)
+        self._pieces: dict[str, dict[str, list[tuple[int, str, Any]]]] = defaultdict(lambda: defaultdict(list))
         for path in paths:
             file = self._open.enter_context(safe_open(path, framework="pt"))
             for entry in file.keys():  # noqa: SIM118  no mapping, whatever it looks like
                 name, key, start = entry.rsplit("|", 2)
-                self._pieces[name, key].append((int(start), entry, file))
+                self._pieces[name][key].append((int(start), entry, file))
 
     def __enter__(self) -> PieceReader:
         return self
@@ -83,11 +87,11 @@ class PieceReader:
 
     def keys(self, name: str) -> list[str]:
         """Keys of the tensors that belong to a parameter."""
-        return sorted(key for of, key in self._pieces if of == name)
+        return sorted(self._pieces[name])
 
     def scalar(self, name: str, key: str) -> Tensor | None:
         """The value [] if the state is one number; None if it is as large as the parameter."""
-        _, entry, file = self._pieces[name, key][0]
+        _, entry, file = self._pieces[name][key][0]
         return None if file.get_slice(entry).get_shape() else file.get_tensor(entry)
 
     def read_into(self, target: Tensor, name: str, key: str, start: int) -> None:
@@ -97,7 +101,7 @@ class PieceReader:
             UnfitCheckpointError: An element is in none of the files.
         """
         missing = target.numel()
-        for first, entry, file in self._pieces[name, key]:
+        for first, entry, file in self._pieces[name][key]:
             saved = file.get_slice(entry)
             begin, end = max(start, first), min(start + target.numel(), first + saved.get_shape()[0])
             if begin < end:
@@ -125,7 +129,8 @@ def restore(fragments: Iterable[Fragment], reader: PieceReader, scalar_device: t
                 continue
             number = reader.scalar(fragment.name, key)
             if number is None:
-                whole = fragment.state.setdefault(key, torch.zeros_like(fragment.flat, requires_grad=False))
-                reader.read_into(fragment.part(whole), fragment.name, key, fragment.start)
+                if key not in fragment.state:  # the first fragment of its flat tensor
+                    fragment.state[key] = torch.zeros_like(fragment.flat, requires_grad=False)
+                reader.read_into(fragment.part(fragment.state[key]), fragment.name, key, fragment.start)
             else:  # float32 in torch's optimizers; Python numbers were widened when they were saved
                 fragment.state[key] = number.to(scalar_device) if number.dtype == torch.float32 else number.item()
