@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,15 @@ class Checkpoints:
         if self._unfinished is not None:
             unfinished, self._unfinished = self._unfinished, None
             unfinished.result()
+
+    @contextmanager
+    def finished_on_error(self) -> Iterator[None]:
+        """Completes the save that is being written before a fault that all ranks met alike ends them."""
+        try:
+            yield
+        except RunError:
+            self.wait()
+            raise
 
     def load(self) -> TrainingState:
         """Restores the newest checkpoint that is whole; a fresh state if there never was one.

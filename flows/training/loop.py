@@ -57,7 +57,8 @@ def train(job: TrainingJob) -> None:
     while not _finished(state, run.train):
         rate = learning_rate(run.train, state.step)
         set_learning_rate(engine, rate)
-        loss = train_step(engine, micro_batches(dataset, run, state.step, engine.device), state.step)
+        with checkpoints.finished_on_error():
+            loss = train_step(engine, micro_batches(dataset, run, state.step, engine.device), state.step)
         state.step += 1
         heartbeat.beat()
         if log and (state.step % run.train.log_interval_steps == 0 or state.step == run.train.max_steps):
@@ -67,7 +68,8 @@ def train(job: TrainingJob) -> None:
             log.write(state.step, train_loss=loss, learning_rate=rate, tokens_per_s=round(speed, 1), **measured)
         if _due(state.step, run.train.eval_interval_steps, run.train):
             paused = time.monotonic()
-            _evaluate_and_keep_best(engine, validation, job, state, log, index, heartbeat)
+            with checkpoints.finished_on_error():
+                _evaluate_and_keep_best(engine, validation, job, state, log, index, heartbeat)
             started += time.monotonic() - paused  # speed is of training alone
         if log and state.step % run.train.log_interval_steps == 0:
             started, since = time.monotonic(), state.step
