@@ -18,11 +18,12 @@ from flows.config.model import Kernels
 from flows.config.training import Objective, TrainConfig, TrainingRun
 from flows.data.packed import PackedDataset
 from flows.launcher import Heartbeat
-from flows.model.checkpoint import load_decoder, load_initial_weights, save_decoder
+from flows.model.checkpoint import load_decoder, load_initial_weights
 from flows.model.decoder import Decoder, initialize
 from flows.training.batches import Batch, micro_batches, to_batch
 from flows.training.checkpoint import Checkpoints, TrainingState
-from flows.training.engine import build_engine, close_engine, gather_weights, set_learning_rate, start_process_group
+from flows.training.consolidation import consolidate
+from flows.training.engine import build_engine, close_engine, set_learning_rate, start_process_group
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
@@ -157,17 +158,14 @@ def _evaluate_and_keep_best(
     state.evals_without_improvement += 1
     if loss < state.best_loss:
         state.best_loss, state.evals_without_improvement = loss, 0
-        weights = gather_weights(engine.module.model)
-        if weights:
-            job.best_dir.mkdir(parents=True, exist_ok=True)
-            save_decoder(
-                job.best_dir,
-                weights,
-                job.run.model,
-                index["vocab_size"],
-                job.run.sequence_length,
-                index["eos_token_id"],
-            )
+        consolidate(
+            engine,
+            job.best_dir,
+            job.run.model,
+            index["vocab_size"],
+            job.run.sequence_length,
+            index["eos_token_id"],
+        )
 
 
 def _initial_model(run: TrainingRun, vocab_size: int) -> Decoder:

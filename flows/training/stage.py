@@ -85,7 +85,7 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
     run_path.write_text(to_json(job))
     with tqdm(total=config.train.max_steps, unit="step", desc=directory.name.partition("-")[0], disable=None) as bar:
         launch_ranks(RUNS.removesuffix(".__main__"), run_path, config.launcher, job.log_dir, _progress(job, bar))
-    for path in job.best_dir.iterdir():
+    for path in job.best_dir.glob("[!.]*"):  # a killed rank may have left part of a file under a hidden name
         path.replace(directory / path.name)
     shutil.copy(job.tokenizer_dir / "tokenizer.json", directory)
     shutil.rmtree(job.checkpoint_dir)

@@ -32,8 +32,8 @@ def start_server() -> None:
 
 
 def popen(command: list[str], **settings: Any) -> Any:
-    """`subprocess.Popen`, but for ranks of a training stage."""
-    if command[1:3] == ["-m", "flows.training"]:
+    """`subprocess.Popen`, but for ranks that train."""
+    if command[1] == "-m" and command[2].startswith(("flows.training", "tests.training")):
         return PreloadedRank(command, settings["env"], settings["stdout"])
     return _popen(command, **settings)
 
