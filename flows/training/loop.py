@@ -19,11 +19,12 @@ from flows.config.training import Objective, TrainConfig, TrainingRun
 from flows.data.mixture import epochs, open_split
 from flows.data.packed import Sequences
 from flows.launcher import Heartbeat
-from flows.model.checkpoint import load_decoder, load_initial_weights, save_decoder
+from flows.model.checkpoint import load_decoder, load_initial_weights
 from flows.model.decoder import Decoder, initialize
 from flows.training.batches import Batch, micro_batches, to_batch
-from flows.training.checkpoint import TrainingState, load_newest_checkpoint, save_checkpoint
-from flows.training.engine import build_engine, close_engine, gather_weights, set_learning_rate, start_process_group
+from flows.training.checkpoint import Checkpoints, TrainingState
+from flows.training.consolidation import consolidate
+from flows.training.engine import build_engine, close_engine, set_learning_rate, start_process_group
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
@@ -49,7 +50,8 @@ def train(job: TrainingJob) -> None:
     dataset = open_split(job.tokens_dir, "train", run.sequence_length, run.document_masks, run.mixture)
     validation = open_split(job.tokens_dir, "validation", run.sequence_length, run.document_masks, run.mixture)
     engine = build_engine(LossModule(_initial_model(run, index["vocab_size"]), _loss(job)), run)
-    state = load_newest_checkpoint(engine, job.checkpoint_dir)
+    checkpoints = Checkpoints(job.checkpoint_dir, engine, dict(engine.module.model.named_parameters()), run.train)
+    state = checkpoints.load()
     first_step = state.step
     leader = dist.get_rank() == 0
     log = MetricsLog(job.log_dir, state.step, run.tracking.tensorboard) if leader else None
@@ -60,8 +62,9 @@ def train(job: TrainingJob) -> None:
     while not _finished(state, run.train):
         rate = learning_rate(run.train, state.step)
         set_learning_rate(engine, rate)
-        batches = micro_batches(dataset, run, state.step, engine.device)
-        loss = train_step(engine, batches, state.step)
+        with checkpoints.finished_on_error():
+            batches = micro_batches(dataset, run, state.step, engine.device)
+            loss = train_step(engine, batches, state.step)
         state.step += 1
         state.receipt = next_link(state.receipt, state.step, batches.sample_ids)
         state.loss_tokens += batches.loss_tokens
@@ -75,12 +78,14 @@ def train(job: TrainingJob) -> None:
             log.write(state.step, train_loss=loss, learning_rate=rate, tokens_per_s=round(speed, 1), **measured)
         if _due(state.step, run.train.eval_interval_steps, run.train):
             paused = time.monotonic()
-            _evaluate_and_keep_best(engine, validation, job, state, log, index, heartbeat)
+            with checkpoints.finished_on_error():
+                _evaluate_and_keep_best(engine, validation, job, state, log, index, heartbeat)
             started += time.monotonic() - paused  # speed is of training alone
         if log and state.step % run.train.log_interval_steps == 0:
             started, since = time.monotonic(), state.step
         if _due(state.step, run.train.checkpoint_interval_steps, run.train):
-            save_checkpoint(engine, job.checkpoint_dir, state, run.train.keep_checkpoints)
+            checkpoints.save(state)
+    checkpoints.wait()
     if receipts:
         receipts.write(state.step, state.receipt, last=True)
         write_json_atomically(
@@ -88,6 +93,7 @@ def train(job: TrainingJob) -> None:
             {
                 "steps": state.step,
                 "resumed_from_step": first_step,
+                "layouts": state.layouts,
                 "stopped_early": state.step < run.train.max_steps,
                 "best_validation_loss": state.best_loss,
                 "parameters": sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters()),
@@ -165,17 +171,14 @@ def _evaluate_and_keep_best(
     state.evals_without_improvement += 1
     if loss < state.best_loss:
         state.best_loss, state.evals_without_improvement = loss, 0
-        weights = gather_weights(engine.module.model)
-        if weights:
-            job.best_dir.mkdir(parents=True, exist_ok=True)
-            save_decoder(
-                job.best_dir,
-                weights,
-                job.run.model,
-                index["vocab_size"],
-                job.run.sequence_length,
-                index["eos_token_id"],
-            )
+        consolidate(
+            engine,
+            job.best_dir,
+            job.run.model,
+            index["vocab_size"],
+            job.run.sequence_length,
+            index["eos_token_id"],
+        )
 
 
 def _initial_model(run: TrainingRun, vocab_size: int) -> Decoder:

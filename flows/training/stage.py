@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,41 @@ from tqdm import tqdm
 
 from flows.artifact import Artifact, digest_file, digest_json
 from flows.config import to_json
+from flows.config.engine import EngineConfig
+from flows.config.launcher import LauncherConfig
+from flows.config.tracking import TrackingConfig
 from flows.config.training import TrainingRun
 from flows.launcher import launch_ranks
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import METRICS, read_metrics
 
-RESUMABLE = True
-"""An interrupted run leaves its checkpoints in the directory."""
 RUNS = "flows.training.__main__"
 """What the ranks run; part of the code that makes the artifact."""
 
 logger = logging.getLogger(__name__)
+
+
+def resumable_as(config: TrainingRun) -> TrainingRun:
+    """The run with all that leaves its loss curve as it is, but for rounding, set to what a bare run has.
+
+    Ranks, ZeRO stage, device, micro batches, logs and the keeping of checkpoints may change while a run goes on: its
+    checkpoints serve any of them. Precision and raw DeepSpeed keys decide what is learnt.
+    """
+    return replace(
+        config,
+        launcher=LauncherConfig(),
+        tracking=TrackingConfig(),
+        engine=EngineConfig(precision=config.engine.precision, deepspeed=config.engine.deepspeed),
+        train=replace(
+            config.train,
+            micro_batch_size=1,
+            checkpoint_interval_steps=1,
+            keep_checkpoints=1,
+            keep_every_steps=0,
+            asynchronous_checkpoints=False,
+            log_interval_steps=1,
+        ),
+    )
 
 
 def fingerprint(config: TrainingRun) -> str | None:
@@ -61,7 +86,7 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
     run_path.write_text(to_json(job))
     with tqdm(total=config.train.max_steps, unit="step", desc=directory.name.partition("-")[0], disable=None) as bar:
         launch_ranks(RUNS.removesuffix(".__main__"), run_path, config.launcher, job.log_dir, _progress(job, bar))
-    for path in job.best_dir.iterdir():
+    for path in job.best_dir.glob("[!.]*"):  # a killed rank may have left part of a file under a hidden name
         path.replace(directory / path.name)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (job.tokenizer_dir / name).exists():

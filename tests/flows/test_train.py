@@ -107,7 +107,7 @@ def test_an_interrupted_run_carries_on(
         start_new_session=True,
     )
     store = workplace.root / "artifacts/store"
-    until(lambda: list(store.glob("base-*.partial/checkpoints/step-*/complete.json")) or flow.poll() is not None)
+    until(lambda: list(store.glob("base-*.partial/checkpoints/step-*/manifest.json")) or flow.poll() is not None)
     assert flow.poll() is None
     if ending == signal.SIGINT:
         os.killpg(flow.pid, ending)  # a terminal's Ctrl-C reaches every process of the group
