@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from flows.config.engine import EngineConfig, Precision
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.training import TrainingRun
+from flows.data.order import sample_order
+from flows.data.packed import Row, row_of
 from flows.launcher import follow_parent
 from flows.model.decoder import Decoder, initialize
 from flows.training.batches import micro_batches
@@ -37,11 +40,24 @@ def run_of(kind: str, zero_stage: int) -> TrainingRun:
     )
 
 
+class RandomTokens(list[NDArray[np.int64]]):
+    """Sequences in memory, in the order of a run's."""
+
+    def row(self, index: int) -> Row:
+        return row_of(self[index], None)
+
+    def order(self, start: int, count: int, seed: int) -> NDArray[np.int64]:
+        return sample_order(len(self), start, count, seed)
+
+    def first(self, count: int) -> NDArray[np.int64]:
+        return np.arange(count)
+
+
 def main(directory: Path) -> None:
     """Leaves `<kind>/<position in the chain>` with a checkpoint and consolidated weights, and losses.json."""
     follow_parent()
     start_process_group()
-    dataset = np.random.default_rng(0).integers(1, VOCAB_SIZE, (64, SEQUENCE_LENGTH + 1), dtype=np.int64)
+    dataset = RandomTokens(np.random.default_rng(0).integers(1, VOCAB_SIZE, (64, SEQUENCE_LENGTH + 1), dtype=np.int64))
     losses: dict[str, list[float]] = {}
     for kind, chain in CHAINS.items():
         losses[kind] = []
