@@ -28,6 +28,15 @@ def _check_weights(run: TrainingRun) -> None:
         from flows.model.checkpoint import check_initial_weights  # imports torch, which takes seconds
 
         check_initial_weights(run.model, run.model_section)
+    train = run.train
+    if train.trainable or train.freeze or train.lora.enabled:
+        import torch
+
+        from flows.model.decoder import Decoder
+        from flows.training.trainable import choose_weights
+
+        with torch.device("meta"):
+            choose_weights(Decoder(run.model, vocab_size=1), train, run.seed)
 
 
 def _check_device(run: TrainingRun) -> None:

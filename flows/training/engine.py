@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
+from types import ModuleType
 
 import deepspeed
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from flows.config.training import TrainingRun
 from flows.training.deepspeed_config import deepspeed_config
 from flows.training.optimizers import build_optimizer
+from flows.training.weight_average import keep_average
 
 
 def start_process_group() -> None:
@@ -21,14 +24,20 @@ def start_process_group() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Else DeepSpeed compiles a shared-memory collective for 30 s that only tensor-parallel inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Every ZeRO engine asks whether the optimizer is DeepSpeed's own Muon, whose module loads torch's compiler: more
+    # than half of what a rank takes to start. Nothing here is of that class.
+    nobody = ModuleType("deepspeed.runtime.zero.muon.muon_optimizer")
+    nobody.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})  # type: ignore[attr-defined]
+    sys.modules.setdefault(nobody.__name__, nobody)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def build_engine(module: nn.Module, run: TrainingRun) -> DeepSpeedEngine:
     """A DeepSpeed engine around `module`; the same weights must be in it on every rank."""
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=build_optimizer(module, run.train.optimizer), config=deepspeed_config(run)
-    )
+    optimizer = build_optimizer(module, run.train.optimizer)
+    if run.train.ema_decay:
+        keep_average(optimizer)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(run))
     return engine
 
 

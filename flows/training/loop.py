@@ -18,7 +18,7 @@ from flows.config.model import Kernels
 from flows.config.training import Objective, TrainConfig, TrainingRun
 from flows.data.packed import PackedDataset
 from flows.launcher import Heartbeat
-from flows.model.checkpoint import load_decoder, load_initial_weights, save_decoder
+from flows.model.checkpoint import load_decoder, load_initial_weights
 from flows.model.decoder import Decoder, initialize
 from flows.training.batches import Batch, micro_batches, to_batch
 from flows.training.checkpoint import TrainingState, load_newest_checkpoint, save_checkpoint
@@ -26,7 +26,10 @@ from flows.training.engine import build_engine, close_engine, gather_weights, se
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
-from flows.training.schedules import learning_rate
+from flows.training.saving import save_trained
+from flows.training.schedules import ema_decay, learning_rate
+from flows.training.trainable import choose_weights, count_weights
+from flows.training.weight_average import averaged_weights, set_ema_decay
 
 
 class NonFiniteLossError(RunError):
@@ -56,6 +59,9 @@ def train(job: TrainingJob) -> None:
     while not _finished(state, run.train):
         rate = learning_rate(run.train, state.step)
         set_learning_rate(engine, rate)
+        set_ema_decay(engine, ema_decay(run.train, state.step))
+        if run.train.lora.dropout:
+            torch.manual_seed(hash((run.seed, state.step, dist.get_rank())))  # resumed runs drop what others would
         loss = train_step(engine, micro_batches(dataset, run, state.step, engine.device), state.step)
         state.step += 1
         heartbeat.beat()
@@ -66,7 +72,8 @@ def train(job: TrainingJob) -> None:
             log.write(state.step, train_loss=loss, learning_rate=rate, tokens_per_s=round(speed, 1), **measured)
         if _due(state.step, run.train.eval_interval_steps, run.train):
             paused = time.monotonic()
-            _evaluate_and_keep_best(engine, validation, job, state, log, index, heartbeat)
+            with averaged_weights(engine, run.train.ema_decay > 0):
+                _evaluate_and_keep_best(engine, validation, job, state, log, index, heartbeat)
             started += time.monotonic() - paused  # speed is of training alone
         if log and state.step % run.train.log_interval_steps == 0:
             started, since = time.monotonic(), state.step
@@ -80,7 +87,7 @@ def train(job: TrainingJob) -> None:
                 "resumed_from_step": first_step,
                 "stopped_early": state.step < run.train.max_steps,
                 "best_validation_loss": state.best_loss,
-                "parameters": sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters()),
+                **count_weights(engine.module),
                 "train_tokens": state.step * tokens_per_step,
                 "epochs": round(state.step * run.train.global_batch_size / len(dataset), 3),
             },
@@ -154,15 +161,7 @@ def _evaluate_and_keep_best(
         state.best_loss, state.evals_without_improvement = loss, 0
         weights = gather_weights(engine.module.model)
         if weights:
-            job.best_dir.mkdir(parents=True, exist_ok=True)
-            save_decoder(
-                job.best_dir,
-                weights,
-                job.run.model,
-                index["vocab_size"],
-                job.run.sequence_length,
-                index["eos_token_id"],
-            )
+            save_trained(job, weights, index)
 
 
 def _initial_model(run: TrainingRun, vocab_size: int) -> Decoder:
@@ -171,6 +170,7 @@ def _initial_model(run: TrainingRun, vocab_size: int) -> Decoder:
         initialize(model, run.seed)
     else:
         load_initial_weights(model, run.model.initial_weights, run.model_section)
+    choose_weights(model, run.train, run.seed)
     return model
 
 
