@@ -111,7 +111,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Artifact])
     save_decoder(directory / "start", start.state_dict(), TINY, VOCAB_SIZE, 64, 0)
     cases = Cases(data["tokens"].path, directory, runs(directory / "start"), RESUMED)
     (directory / "cases.json").write_text(to_json(cases))
-    ranks = LauncherConfig(num_ranks=2, threads_per_rank=1, stall_timeout_s=120)
+    ranks = LauncherConfig(num_ranks=2, threads_per_rank=1, stall_timeout_s=300)
     launch_ranks("tests.training.optimizer_ranks", directory / "cases.json", ranks, directory)
 
     @cache
