@@ -13,6 +13,7 @@ import yaml
 
 from flows.compose import CONF_DIR, compose_config
 from flows.config import Config, ConfigError, from_json, to_json, to_plain
+from flows.config.optimizer import Optimizer
 from flows.config.reference import field_references
 
 ROOT = CONF_DIR.parent
@@ -59,7 +60,10 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
         ("train.max_step=3", r"train.max_step is not a setting. Did you mean train.max_steps\?"),
         ("train.optimizer.lr=3", "train.optimizer.lr is not a setting. Settings there: .*learning_rate"),
         ("train.max_steps=many", "train.max_steps: Value 'many' of type 'str' could not be converted to Integer"),
-        ("train.schedule=step", r"train.schedule: Invalid value 'step', expected one of \[cosine, linear, constant\]"),
+        (
+            "train.schedule=step",
+            r"train.schedule: Invalid value 'step', expected one of \[cosine, linear, constant, wsd\]",
+        ),
         ("train.max_steps=-1", "train.max_steps=-1 must be greater than 0. Set train.max_steps=1 or more."),
         ("train.global_batch_size=9", "train.global_batch_size=9 must be a multiple of .* = 8. Set .*=8"),
         ("model.num_key_value_heads=3", "model.num_key_value_heads=3 must divide model.num_attention_heads=4"),
@@ -137,3 +141,32 @@ def test_every_setting_is_read_by_something() -> None:
     outside |= {name for source, names in derived.items() if source in outside for name in names}
     dead = [reference.name for reference in field_references() if reference.name.rpartition(".")[2] not in outside]
     assert not dead
+
+
+@pytest.mark.parametrize("name", [member.value for member in Optimizer])
+def test_every_optimizer_has_a_file_of_constants(name: str) -> None:
+    config = compose_config([f"train/optimizer={name}", f"train/optimizer@distill.train.optimizer={name}"])
+    assert config.train.optimizer.name == name
+    assert config.distill.train.optimizer == config.train.optimizer
+    wanted = yaml.safe_load((CONF_DIR / "train" / "optimizer" / f"{name}.yaml").read_text())
+    assert {key: getattr(config.train.optimizer, key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train/optimizer=muon", "engine=zero3"],
+            "train.optimizer.name=muon cannot be combined with engine.zero_stage=3",
+        ),
+        (["train.ema_decay=1"], "train.ema_decay=1.0 must be 0 or more and below 1"),
+        (["train.lora.rank=-1"], "train.lora.rank=-1 must not be negative"),
+        (["train.lora={rank: 4, targets: []}"], r"train.lora.targets=\[\] names no module for the adapters"),
+        (["train.lora.dropout=1"], "train.lora.dropout=1.0 must be 0 or more and below 1"),
+        (["train.lora.rank=4"], "train.lora.rank=4 needs trained weights to adapt"),
+        (["train.lora.rank=4", "train.freeze=[x]"], r"train.freeze=\['x'\] cannot be combined with train.lora.rank=4"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_config(overrides)
