@@ -7,6 +7,7 @@ from flows.config.checks import require
 from flows.config.engine import Device
 from flows.config.model import Kernels
 from flows.config.training import TrainingRun
+from flows.data.adopted_tokenizer import check_tokenizer
 from flows.data.sources import check_sources
 from flows.serving.installation import check_server_available
 from flows.training.deepspeed_config import deepspeed_config
@@ -15,6 +16,8 @@ from flows.training.deepspeed_config import deepspeed_config
 def check(config: Config) -> None:
     """Raises `ConfigError` for missing files, hardware and software that this run would need."""
     check_sources(config.data.corpus)
+    if config.data.tokenizer.directory is not None:
+        check_tokenizer(config.data.tokenizer.directory)
     runs = [config.base_run()] + ([config.student_run()] if config.distill.enabled else [])
     for run in runs:
         deepspeed_config(run)

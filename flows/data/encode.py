@@ -21,7 +21,7 @@ from tqdm import tqdm
 from flows.artifact import Artifact, write_json_atomically
 from flows.config.data import EncodeConfig
 from flows.data.splits import SPLITS, read_documents_of
-from flows.data.tokenizer import END_OF_TEXT_ID, load_tokenizer
+from flows.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 
 INDEX = "index.json"
 PARALLELISM = "TOKENIZERS_PARALLELISM"
@@ -43,7 +43,7 @@ def build(directory: Path, config: EncodeConfig, parents: Mapping[str, Artifact]
     document's first token. No document straddles two shards.
     """
     tokenizer_dir = parents["tokenizer"].path
-    vocab_size = load_tokenizer(tokenizer_dir).get_vocab_size()
+    vocab_size = vocabulary_size(tokenizer_dir)
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
     corpus = parents["corpus"]
     total_bytes = sum(split["bytes"] for split in corpus.metrics["splits"].values())
@@ -61,7 +61,7 @@ def build(directory: Path, config: EncodeConfig, parents: Mapping[str, Artifact]
     index = {
         "dtype": dtype.name,
         "vocab_size": vocab_size,
-        "eos_token_id": END_OF_TEXT_ID,
+        "eos_token_id": end_of_text_id(tokenizer_dir),
         "splits": splits,
     }
     write_json_atomically(directory / INDEX, index)
@@ -84,12 +84,13 @@ def encode_batches(
     takes a third of their speed on two cores.
     """
     own = threading.local()
+    end = end_of_text_id(tokenizer_dir)
 
     def encode(batch: list[str], text_bytes: int) -> EncodedBatch:
         if not hasattr(own, "tokenizer"):
             own.tokenizer = load_tokenizer(tokenizer_dir)
         encodings = own.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        return EncodedBatch([np.array([*encoding.ids, END_OF_TEXT_ID], dtype) for encoding in encodings], text_bytes)
+        return EncodedBatch([np.array([*encoding.ids, end], dtype) for encoding in encodings], text_bytes)
 
     cores = len(os.sched_getaffinity(0))
     with _library_threads_off(), ThreadPoolExecutor(cores) as pool:

@@ -152,7 +152,7 @@ def load_initial_weights(model: Decoder, directory: Path, section: str = "model"
         if vocab_size != model.vocab_size:
             raise ConfigError(
                 f"{section}.initial_weights={directory} have vocab_size={vocab_size}, and this run's tokenizer "
-                f"{model.vocab_size}. Set data.tokenizer.vocab_size={vocab_size}, or choose other initial weights."
+                f"{model.vocab_size}. Set data.tokenizer.directory={directory}, or choose other initial weights."
             )
         _copy_weights(model, directory)
 

@@ -33,6 +33,7 @@ def test_every_file_composes(path: Path) -> None:
     group = path.parent.relative_to(CONF_DIR)
     prefix = "+" if group.name == "experiment" else ""
     needs = {"files": ["data.corpus.paths=[x.txt]"], "huggingface": ["data.corpus.dataset=x"]}
+    needs["lora_finetune"] = ["model.initial_weights=x", *needs["files"]]
     ranks = ["launcher.num_ranks=1"] if group.name == "experiment" else []
     config = compose_config([f"{prefix}{group}={path.stem}", *needs.get(path.stem, []), *ranks])
     assert isinstance(config, Config)
@@ -96,7 +97,7 @@ def test_bf16_without_zero_is_refused() -> None:
         (["train.max_steps=-1"], "error: train.max_steps=-1 must be greater than 0"),
         (["--multirun", "train.max_steps=-1,-2"], "error: train.max_steps=-1 must be greater than 0"),
         (["data=files", "data.corpus.paths=[no/such/*.txt]"], "no/such/*.txt"),
-        (["model.initial_weights=no/such"], "no/such"),
+        (["model.initial_weights=no/such", "data.tokenizer.directory=no/such"], "no/such"),
         (["engine.device=cuda"], "error: engine.device=cuda needs one GPU for each of launcher.num_ranks=1"),
         (["model.kernels=triton"], "error: model.kernels=triton cannot run here"),
         (["engine.deepspeed={gradient_clipping: 7}"], "error: engine.deepspeed.gradient_clipping=7 contradicts"),
@@ -134,7 +135,7 @@ def test_every_setting_is_read_by_something() -> None:
                 read.add((path.parent.name == "config", node.attr))
     outside = {name for in_schema, name in read if not in_schema}
     derived = {
-        "head_dim": ["hidden_size"],
+        "head_dim": ["hidden_size", "attention_head_dim"],
         "gradient_accumulation_steps": ["global_batch_size"],
         "quantized_sources": ["sources"],
     }
@@ -163,6 +164,10 @@ def test_every_optimizer_has_a_file_of_constants(name: str) -> None:
         (["train.lora.rank=-1"], "train.lora.rank=-1 must not be negative"),
         (["train.lora={rank: 4, targets: []}"], r"train.lora.targets=\[\] names no module for the adapters"),
         (["train.lora.dropout=1"], "train.lora.dropout=1.0 must be 0 or more and below 1"),
+        (
+            ["model.initial_weights=dir"],
+            r"model.initial_weights=dir know the tokens .* Set data.tokenizer.directory=dir",
+        ),
         (["train.lora.rank=4"], "train.lora.rank=4 needs trained weights to adapt"),
         (["train.lora.rank=4", "train.freeze=[x]"], r"train.freeze=\['x'\] cannot be combined with train.lora.rank=4"),
     ],
