@@ -79,6 +79,15 @@ class Config:
             f"is not a candidate of this run, which makes {self.candidates}",
             f"Set publish.candidate={AUTO_CANDIDATE}, or one of them.",
         )
+        for section, model in {"model": self.model, "distill.student": self.distill.student}.items():
+            weights = model.initial_weights
+            require(
+                weights is None or self.data.tokenizer.directory is not None,
+                f"{section}.initial_weights",
+                weights,
+                "know the tokens that they were trained on and no others, and data.tokenizer.directory is null",
+                f"Set data.tokenizer.directory={weights}, which must hold its tokenizer.json.",
+            )
         for length in self.verify.lengths:
             require(
                 length <= self.data.sequence_length,

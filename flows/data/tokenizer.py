@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from flows.artifact import Artifact, write_json_atomically
+from flows.artifact import Artifact, digest_file, digest_json, write_json_atomically
 from flows.config.data import TokenizerConfig
+from flows.data.adopted_tokenizer import adopt_tokenizer
 from flows.data.conversations import CHAT_TEMPLATE, MESSAGE_END, MESSAGE_START
 from flows.data.splits import read_documents_of
 
@@ -20,14 +22,25 @@ END_OF_TEXT_ID = 0
 MAX_PIECE_CHARACTERS = 65_536
 
 
+def fingerprint(config: TokenizerConfig) -> str | None:
+    """Digest of the tokenizer that is taken as it is, where there is one."""
+    if config.directory is None:
+        return None
+    return digest_json({name: digest_file(config.directory / name) for name in ("tokenizer.json", "config.json")})
+
+
 def build(directory: Path, config: TokenizerConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
     """Writes `tokenizer.json`, `token_bytes.npy` (int64 [vocab]: UTF-8 bytes that each token stands for), and
     `tokenizer_config.json`, from which transformers takes the chat template.
 
     It is trained on all corpora by size, whatever their weights: it stays the same when those change.
 
+    That of `config.directory`, where there is one, is taken as it is.
+
     A corpus too small for `vocab_size` gives fewer tokens; the metric `vocab_size` says how many.
     """
+    if config.directory is not None:
+        return adopt_tokenizer(config.directory, directory)
     corpora = list(parents.values())
     texts = (text for corpus in corpora for _, text in read_documents_of(corpus.path, "train"))
     size = sum(corpus.metrics["splits"]["train"]["bytes"] for corpus in corpora)
@@ -51,6 +64,20 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def end_of_text_id(directory: Path) -> int:
+    """The token of a tokenizer artifact that closes a document."""
+    described = directory / "tokenizer_config.json"
+    if not described.exists():
+        return END_OF_TEXT_ID
+    end = json.loads(described.read_text())["eos_token"]
+    return int(Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(end))  # type: ignore[arg-type]
+
+
+def vocabulary_size(directory: Path) -> int:
+    """Number of tokens of a tokenizer artifact, unused ones of an adopted vocabulary included."""
+    return len(np.load(directory / "token_bytes.npy", mmap_mode="r"))
 
 
 def trained_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,10 @@ from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
 from flows.training.receipts import ReceiptLog, first_link, next_link
-from flows.training.schedules import learning_rate
+from flows.training.saving import save_trained
+from flows.training.schedules import ema_decay, learning_rate
+from flows.training.trainable import choose_weights, count_weights
+from flows.training.weight_average import averaged_weights, set_ema_decay
 
 
 class NonFiniteLossError(RunError):
@@ -62,6 +66,9 @@ def train(job: TrainingJob) -> None:
     while not _finished(state, run.train):
         rate = learning_rate(run.train, state.step)
         set_learning_rate(engine, rate)
+        set_ema_decay(engine, ema_decay(run.train, state.step))
+        if run.train.lora.dropout:
+            torch.manual_seed(hash((run.seed, state.step, dist.get_rank())))  # resumed runs drop what others would
         with checkpoints.finished_on_error():
             batches = micro_batches(dataset, run, state.step, engine.device)
             loss = train_step(engine, batches, state.step)
@@ -78,7 +85,7 @@ def train(job: TrainingJob) -> None:
             log.write(state.step, train_loss=loss, learning_rate=rate, tokens_per_s=round(speed, 1), **measured)
         if _due(state.step, run.train.eval_interval_steps, run.train):
             paused = time.monotonic()
-            with checkpoints.finished_on_error():
+            with checkpoints.finished_on_error(), averaged_weights(engine, run.train.ema_decay > 0):
                 _evaluate_and_keep_best(engine, validation, job, state, log, index, heartbeat)
             started += time.monotonic() - paused  # speed is of training alone
         if log and state.step % run.train.log_interval_steps == 0:
@@ -96,7 +103,7 @@ def train(job: TrainingJob) -> None:
                 "layouts": state.layouts,
                 "stopped_early": state.step < run.train.max_steps,
                 "best_validation_loss": state.best_loss,
-                "parameters": sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters()),
+                **count_weights(engine.module),
                 "train_tokens": state.step * tokens_per_step,
                 "loss_tokens": state.loss_tokens,
                 "epochs": round(state.step * run.train.global_batch_size / len(dataset), 3),
@@ -171,14 +178,7 @@ def _evaluate_and_keep_best(
     state.evals_without_improvement += 1
     if loss < state.best_loss:
         state.best_loss, state.evals_without_improvement = loss, 0
-        consolidate(
-            engine,
-            job.best_dir,
-            job.run.model,
-            index["vocab_size"],
-            job.run.sequence_length,
-            index["eos_token_id"],
-        )
+        consolidate(engine, job.best_dir, partial(save_trained, job, index))
 
 
 def _initial_model(run: TrainingRun, vocab_size: int) -> Decoder:
@@ -187,6 +187,7 @@ def _initial_model(run: TrainingRun, vocab_size: int) -> Decoder:
         initialize(model, run.seed)
     else:
         load_initial_weights(model, run.model.initial_weights, run.model_section)
+    choose_weights(model, run.train, run.seed)
     return model
 
 

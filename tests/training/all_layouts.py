@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flows.config.engine import EngineConfig, Precision
+from flows.config.model import ModelConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.training import TrainingRun
 from flows.data.order import sample_order
 from flows.data.packed import Row, row_of
 from flows.launcher import follow_parent
+from flows.model.checkpoint import save_decoder
 from flows.model.decoder import Decoder, initialize
 from flows.training.batches import micro_batches
 from flows.training.checkpoint import Checkpoints
@@ -75,7 +79,15 @@ def main(directory: Path) -> None:
                 state.step += 1
             after = Checkpoints(directory / kind / str(position), engine, weights, run.train)
             after.save(state)
-            consolidate(engine, directory / kind / str(position) / "best", run.model, VOCAB_SIZE, SEQUENCE_LENGTH, 0)
+            best = directory / kind / str(position) / "best"
+
+            def save(
+                weights: Mapping[str, Tensor], best: Path = best, config: ModelConfig = run.model
+            ) -> Mapping[str, Tensor]:
+                save_decoder(best, weights, config, VOCAB_SIZE, SEQUENCE_LENGTH, 0)
+                return weights
+
+            consolidate(engine, best, save)
             losses[kind].append(train_step(engine, micro_batches(dataset, run, state.step, "cpu"), state.step))
             after.wait()
             if (kind, position) != (next(reversed(CHAINS)), len(chain) - 1):
