@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flows.config import ConfigError, RunError
+from flows.config import RunError
 from flows.config.engine import Precision
 from flows.config.model import ModelConfig
 from flows.config.training import Objective, TrainingRun
@@ -63,13 +63,17 @@ def explain_out_of_memory(
         f"a rank ran out of memory. Planned: {gib(plan.total_bytes)} at the {plan.phase} "
         f"({', '.join(f'{name} {gib(held)}' for name, held in parts)}); there is {gib(limit_bytes)} for a rank."
     ]
-    found = sorted(
-        remedies(run, vocab_size, is_gpu, teacher),
-        key=lambda one: (one.memory_bytes > limit_bytes, one.slowdown, one.memory_bytes),
-    )[:SHOWN]
+    best: dict[str, Remedy] = {}
+    for one in sorted(remedies(run, vocab_size, is_gpu, teacher), key=lambda one: one.slowdown):
+        field = one.setting.partition("=")[0]
+        if field not in best or best[field].memory_bytes > limit_bytes:  # the least change of a setting that is enough
+            best[field] = one
+    found = sorted(best.values(), key=lambda one: (one.memory_bytes > limit_bytes, one.slowdown))[:SHOWN]
     if found:
         said.append("What costs least speed to change:")
-    said += [f"  {one.setting} -> {gib(one.memory_bytes)}, {one.note}" for one in found]
+    for one in found:
+        enough = "" if one.memory_bytes <= limit_bytes else "; not enough alone"
+        said.append(f"  {one.setting} -> {gib(one.memory_bytes)}, {one.note}{enough}")
     return "\n".join(said)
 
 
@@ -105,12 +109,12 @@ def _changes(run: TrainingRun) -> Iterator[tuple[str, TrainingRun, float, str]]:
         changed = replace(run, engine=replace(run.engine, deepspeed={**run.engine.deepspeed, **keys}))
         setting = "+engine.deepspeed.zero_optimization.reduce_bucket_size=50000000"
         yield setting, changed, 0.02, "about as fast: messages of 50 M numbers"
-    if run.engine.precision == Precision.fp32:
-        try:
-            changed = replace(run, engine=replace(run.engine, precision=Precision.bf16))
-        except ConfigError:  # not with ZeRO-0
-            return
+    if run.engine.precision == Precision.fp32 and run.engine.zero_stage > 0:  # DeepSpeed has no bf16 without ZeRO
+        changed = replace(run, engine=replace(run.engine, precision=Precision.bf16))
         yield "engine.precision=bf16", changed, 0.05, "usually faster, rounded to 8 bits"
+    if run.sequence_length >= 16:
+        half = run.sequence_length // 2
+        yield f"data.sequence_length={half}", replace(run, sequence_length=half), 1.0, "a shorter context"
 
 
 def rank_limit_bytes(ranks: int) -> float:

@@ -1,4 +1,4 @@
-"""What is planned: that it fits, what sharing saves, what to change when memory runs out, on named hardware and here."""
+"""Plans: what fits, what sharing saves, what to change when memory runs out, on named hardware and here."""
 
 from __future__ import annotations
 
@@ -70,16 +70,16 @@ def test_seven_billion_parameters_fit_on_gpus_that_share_and_not_on_one(tiny_run
 def test_what_to_change_is_ordered_by_speed_and_computed(tiny_run: Run) -> None:
     run = replace(tiny_run(ranks=2), engine=EngineConfig(zero_stage=0))
     found = {one.setting: one.memory_bytes for one in remedies(run, 50_000, False, None)}
-    assert list(found) == ["train.micro_batch_size=2", "train.micro_batch_size=1", "engine.zero_stage=2"] or found
+    assert {"train.micro_batch_size=2", "train.micro_batch_size=1"} < set(found)
     halved = replace(run, train=replace(run.train, micro_batch_size=2))
     assert found["train.micro_batch_size=2"] == plan_memory(halved, 50_000, False).total_bytes
-    planned = plan_memory(run, 50_000, False).total_bytes
-    said = explain_out_of_memory(run, 50_000, False, None, planned)
-    assert said.count("->") == 2
-    assert "train.micro_batch_size=2 ->" in said
-    enough_for_quarter = (found["train.micro_batch_size=2"] + found["train.micro_batch_size=1"]) / 2
-    first = explain_out_of_memory(run, 50_000, False, None, enough_for_quarter).split("->")[0]
-    assert "train.micro_batch_size=1" in first, "halving once would run out of memory again"
+    enough_for_half = explain_out_of_memory(run, 50_000, False, None, found["train.micro_batch_size=2"])
+    assert "train.micro_batch_size=2 ->" in enough_for_half
+    assert enough_for_half.count("->") == 2
+    limit = (found["train.micro_batch_size=2"] + found["train.micro_batch_size=1"]) / 2
+    first, second = explain_out_of_memory(run, 50_000, False, None, limit).splitlines()[2:]
+    assert "train.micro_batch_size=1 ->" in first, "halving once would run out of memory again"
+    assert second.endswith("; not enough alone"), "and what is no help by itself says so"
 
 
 def test_out_of_memory_is_told_from_other_faults() -> None:
@@ -121,7 +121,7 @@ def test_a_gpu_that_is_not_in_the_table_is_named(tmp_path: Path, monkeypatch: py
         if known:
             assert find_hardware(HardwareName.auto, device) is TABLE[HardwareName.l4]
         else:
-            with pytest.raises(ConfigError, match="finds the GPU 'NVIDIA T1000'.* Set plan.hardware to one of h200"):
+            with pytest.raises(ConfigError, match=r"finds the GPU 'NVIDIA T1000'.* Set plan.hardware to one of h200"):
                 find_hardware(HardwareName.auto, device)
 
 
