@@ -11,6 +11,7 @@ from flows.data.adopted_tokenizer import check_tokenizer
 from flows.data.sources import check_sources
 from flows.serving.installation import check_server_available
 from flows.training.deepspeed_config import deepspeed_config
+from flows.training.trackers import check_trackers
 
 
 def check(config: Config) -> None:
@@ -19,6 +20,7 @@ def check(config: Config) -> None:
         check_sources(corpus)
     if config.data.tokenizer.directory is not None:
         check_tokenizer(config.data.tokenizer.directory)
+    check_trackers(config.tracking)
     runs = [config.base_run()] + ([config.student_run()] if config.distill.enabled else [])
     for run in runs:
         deepspeed_config(run)

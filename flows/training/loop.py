@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Iterable
 from functools import partial
 
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from flows.artifact import write_json_atomically
-from flows.config import RunError
+from flows.config import RunError, flat_settings
 from flows.config.model import Kernels
 from flows.config.training import Objective, TrainConfig, TrainingRun
 from flows.data.mixture import epochs, open_split
@@ -29,9 +28,12 @@ from flows.training.engine import build_engine, close_engine, set_learning_rate,
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
+from flows.training.plan import flops_per_token, teacher_shape
 from flows.training.receipts import ReceiptLog, first_link, next_link
 from flows.training.saving import save_trained
 from flows.training.schedules import ema_decay, learning_rate
+from flows.training.step_meter import StepMeter
+from flows.training.step_profile import StepProfile
 from flows.training.trainable import choose_weights, count_weights
 from flows.training.weight_average import averaged_weights, set_ema_decay
 
@@ -58,19 +60,22 @@ def train(job: TrainingJob) -> None:
     state = checkpoints.load()
     first_step = state.step
     leader = dist.get_rank() == 0
-    log = MetricsLog(job.log_dir, state.step, run.tracking.tensorboard) if leader else None
+    log = MetricsLog(job.log_dir, state.step, run.tracking, job.name, flat_settings(run)) if leader else None
     receipts = ReceiptLog(job.log_dir, state.step, run.train.max_steps) if leader else None
     state.receipt = state.receipt or first_link(job.tokens_digest, run.sequence_length)
     tokens_per_step = run.train.global_batch_size * run.sequence_length
-    started, since = time.monotonic(), state.step
+    flops = flops_per_token(run, index["vocab_size"], teacher_shape(job.teacher_dir))
+    meter = StepMeter(engine.device, tokens_per_step, flops, _peak_flops(job, engine.device))
+    profile = StepProfile(run.tracking, job.log_dir, engine.device)
     while not _finished(state, run.train):
         rate = learning_rate(run.train, state.step)
         set_learning_rate(engine, rate)
         set_ema_decay(engine, ema_decay(run.train, state.step))
         if run.train.lora.dropout:
             torch.manual_seed(hash((run.seed, state.step, dist.get_rank())))  # resumed runs drop what others would
-        with checkpoints.finished_on_error():
-            batches = micro_batches(dataset, run, state.step, engine.device)
+        with checkpoints.finished_on_error(), meter.step(), profile.step(state.step):
+            with meter.loading():
+                batches = micro_batches(dataset, run, state.step, engine.device)
             loss = train_step(engine, batches, state.step)
         state.step += 1
         state.receipt = next_link(state.receipt, state.step, batches.sample_ids)
@@ -78,22 +83,21 @@ def train(job: TrainingJob) -> None:
         if receipts:
             receipts.write(state.step, state.receipt)
         heartbeat.beat()
-        if log and (state.step % run.train.log_interval_steps == 0 or state.step == run.train.max_steps):
-            speed = tokens_per_step * (state.step - since) / (time.monotonic() - started)
+        if _due(state.step, run.train.log_interval_steps, run.train):
+            measured = meter.collect()
             norm = engine.get_global_grad_norm()
-            measured = {} if norm is None else {"grad_norm": float(norm)}
-            log.write(state.step, train_loss=loss, learning_rate=rate, tokens_per_s=round(speed, 1), **measured)
+            if norm is not None:
+                measured["grad_norm"] = float(norm)
+            if log:
+                log.write(state.step, train_loss=loss, learning_rate=rate, **measured)
         if _due(state.step, run.train.eval_interval_steps, run.train):
-            paused = time.monotonic()
             with checkpoints.finished_on_error(), averaged_weights(engine, run.train.ema_decay > 0):
                 _evaluate_and_keep_best(engine, validation, job, state, log, index, heartbeat)
-            started += time.monotonic() - paused  # speed is of training alone
-        if log and state.step % run.train.log_interval_steps == 0:
-            started, since = time.monotonic(), state.step
         if _due(state.step, run.train.checkpoint_interval_steps, run.train):
             checkpoints.save(state)
     checkpoints.wait()
-    if receipts:
+    if log and receipts:
+        log.close()
         receipts.write(state.step, state.receipt, last=True)
         write_json_atomically(
             job.log_dir / "summary.json",
@@ -109,6 +113,7 @@ def train(job: TrainingJob) -> None:
                 "epochs": round(state.step * run.train.global_batch_size / len(dataset), 3),
                 "epochs_by_corpus": epochs(dataset, state.step * run.train.global_batch_size),
                 "receipt": state.receipt,
+                "measured": meter.summary(),
             },
         )
     close_engine(engine)
@@ -202,6 +207,14 @@ def _loss(job: TrainingJob) -> Loss:
             if os.environ["DS_ACCELERATOR"] == "cuda":
                 teacher = teacher.to(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
             return distillation(teacher, job.run.temperature, job.run.alpha)
+
+
+def _peak_flops(job: TrainingJob, device: torch.device) -> float | None:
+    """Peak FLOP/s of all ranks together; None where what the run was planned for is not what it runs on."""
+    if job.hardware is None or job.hardware.is_gpu != (device.type == "cuda"):
+        return None
+    devices = dist.get_world_size() if job.hardware.is_gpu else 1
+    return devices * job.hardware.peak_flops(job.run.engine.precision)
 
 
 def _due(step: int, interval: int, config: TrainConfig) -> bool:
