@@ -22,6 +22,9 @@ def main(run_path: Path) -> int:
         os.environ.setdefault(name, value)  # one rank, run by hand
     os.environ.setdefault("MASTER_PORT", "29500")
     os.environ["DS_ACCELERATOR"] = _accelerator(job.run.engine.device)  # DeepSpeed reads it when it is imported
+    from flows.training.quick_start import keep_compiler_out
+
+    keep_compiler_out()
     from flows.training.loop import train
 
     try:
