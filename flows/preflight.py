@@ -5,6 +5,7 @@ from __future__ import annotations
 from flows.config import Config, ConfigError
 from flows.config.checks import require
 from flows.config.engine import Device
+from flows.config.launcher import LauncherKind
 from flows.config.model import Kernels
 from flows.config.training import TrainingRun
 from flows.data.sources import check_sources
@@ -37,7 +38,7 @@ def _check_device(run: TrainingRun) -> None:
 
     from kernels.dispatch import unavailable_reason
 
-    if run.engine.device == Device.cuda:
+    if run.engine.device == Device.cuda and run.launcher.kind in (LauncherKind.local, LauncherKind.rendezvous):
         count = torch.cuda.device_count()
         require(
             count >= run.launcher.num_ranks,

@@ -26,6 +26,7 @@ from flows.training.engine import build_engine, close_engine, gather_weights, se
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
+from flows.training.preemption import StoppedEarly, any_rank_asked_to_save
 from flows.training.schedules import learning_rate
 
 
@@ -38,6 +39,7 @@ def train(job: TrainingJob) -> None:
 
     Raises:
         NonFiniteLossError: On every rank, before the optimizer step; checkpoints stay as they are.
+        StoppedEarly: On every rank, after a checkpoint: one of them was sent SIGTERM.
     """
     run = job.run
     start_process_group()
@@ -70,8 +72,13 @@ def train(job: TrainingJob) -> None:
             started += time.monotonic() - paused  # speed is of training alone
         if log and state.step % run.train.log_interval_steps == 0:
             started, since = time.monotonic(), state.step
-        if _due(state.step, run.train.checkpoint_interval_steps, run.train):
+        due = _due(state.step, run.train.checkpoint_interval_steps, run.train)
+        asked = any_rank_asked_to_save(engine.device)
+        if due or asked:
             save_checkpoint(engine, job.checkpoint_dir, state, run.train.keep_checkpoints)
+        if asked and not _finished(state, run.train):
+            close_engine(engine)
+            raise StoppedEarly(f"stopped by SIGTERM after step {state.step}, which is saved")
     if leader:
         write_json_atomically(
             job.log_dir / "summary.json",

@@ -54,7 +54,7 @@ def keep_compiler_out() -> None:
     idle = _IdleCompiler(COMPILER)
     sys.modules[COMPILER] = idle
     torch._dynamo = idle
-    compile_now, torch.compile = torch.compile, _compile_nothing  # type: ignore[assignment]
+    compile_now, torch.compile = torch.compile, _compile_nothing
     try:
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     finally:

@@ -44,6 +44,7 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
 
     Raises:
         RankError: A rank failed, died or hung.
+        Preempted: The ranks were asked to stop, and have saved.
     """
     teacher = parents.get("teacher")
     job = TrainingJob(
@@ -54,12 +55,12 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
         teacher_dir=teacher.path if teacher else None,
     )
     job.log_dir.mkdir(exist_ok=True)
-    for spoken in job.log_dir.glob("*.error"):
-        spoken.unlink()
     run_path = job.log_dir / "run.json"
     run_path.write_text(to_json(job))
     with tqdm(total=config.train.max_steps, unit="step", desc=directory.name.partition("-")[0], disable=None) as bar:
-        launch_ranks(RUNS.removesuffix(".__main__"), run_path, config.launcher, job.log_dir, _progress(job, bar))
+        restarts = launch_ranks(
+            RUNS.removesuffix(".__main__"), run_path, config.launcher, job.log_dir, _progress(job, bar)
+        )
     for path in job.best_dir.iterdir():
         path.replace(directory / path.name)
     shutil.copy(job.tokenizer_dir / "tokenizer.json", directory)
@@ -67,7 +68,7 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
     for heartbeat in job.log_dir.glob("*.heartbeat"):
         heartbeat.unlink()
     summary: dict[str, Any] = json.loads((job.log_dir / "summary.json").read_text())
-    return summary | {"curve": list(read_metrics(job.log_dir / METRICS))}
+    return summary | {"restarts": restarts, "curve": list(read_metrics(job.log_dir / METRICS))}
 
 
 def _progress(job: TrainingJob, bar: tqdm[Any]) -> Callable[[], None]:

@@ -33,7 +33,7 @@ def rank_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
 
     def write(body: str) -> str:
         (tmp_path / "rank_under_test.py").write_text(PREAMBLE + body)
-        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).resolve().parents[1]}")
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).resolve().parents[2]}")
         return "rank_under_test"
 
     return write
