@@ -1,6 +1,6 @@
 """The other nodes of a rendezvous: they join the training stages of a run that the leading node's flow runs.
 
-`python -m flows.train` with the same words on every node ends here on all but the one of `launcher.rendezvous_endpoint`.
+`python -m flows.train` with the same words on all nodes ends here on those that are not `launcher.rendezvous_endpoint`.
 They walk the same chain over the same artifacts, wait for what the leading node makes, start their share of the ranks
 when it does, and end when no training stage is left.
 """

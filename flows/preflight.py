@@ -9,6 +9,7 @@ from flows.config.launcher import LauncherKind
 from flows.config.model import Kernels
 from flows.config.training import TrainingRun
 from flows.data.sources import check_sources
+from flows.launcher.check import check_launcher
 from flows.serving.installation import check_server_available
 from flows.training.deepspeed_config import deepspeed_config
 
@@ -21,6 +22,7 @@ def check(config: Config) -> None:
         deepspeed_config(run)
         _check_weights(run)
         _check_device(run)
+    check_launcher(config.launcher)
     check_server_available()
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Protocol
 
 from flows.config.launcher import LauncherConfig, LauncherKind
+from flows.launcher.hostfile import HostRanks
+from flows.launcher.kubernetes import KubernetesRanks
 from flows.launcher.local import start_local
 from flows.launcher.outcome import Preempted, RankError, is_preemption
-from flows.launcher.rank import EXIT_PREEMPTED, REARM_S
+from flows.launcher.rank import EXIT_PREEMPTED, PREEMPTION_NOTE, REARM_S
 from flows.launcher.rendezvous import LeadingNode
+from flows.launcher.slurm import SlurmRanks
 
 POLL_INTERVAL_S = 0.1
 STALL_MARGIN_S = REARM_S + 2.0
@@ -91,7 +94,7 @@ def launch_ranks(
 def _launch_once(
     module: str, argument: Path, config: LauncherConfig, log_dir: Path, on_poll: Callable[[], None]
 ) -> None:
-    for pattern in ("rank-*.heartbeat", "rank-*.error", "node-*.json"):
+    for pattern in ("rank-*.heartbeat", "rank-*.error", "node-*.json", PREEMPTION_NOTE):
         for path in log_dir.glob(pattern):
             path.unlink()
     ranks = _start(module, argument, config, log_dir)
@@ -118,7 +121,12 @@ def _start(module: str, argument: Path, config: LauncherConfig, log_dir: Path) -
             return start_local(module, argument, config, log_dir)
         case LauncherKind.rendezvous:
             return LeadingNode(module, argument, config, log_dir)
-    raise AssertionError(config.kind)
+        case LauncherKind.hostfile:
+            return HostRanks(module, argument, config, log_dir)
+        case LauncherKind.slurm:
+            return SlurmRanks(module, argument, config, log_dir)
+        case LauncherKind.kubernetes:
+            return KubernetesRanks(module, argument, config, log_dir)
 
 
 class _Watch:
@@ -191,5 +199,5 @@ class _Watch:
 
     def _words(self, rank: int) -> str:
         path = self._ranks.log_path(rank)
-        lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+        lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
         return "\n".join(f"  | {line}" for line in lines[-LAST_LINES:])

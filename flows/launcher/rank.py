@@ -17,6 +17,7 @@ STACKS_AFTER = "MILLRACE_STALL_TIMEOUT_S"
 """Environment variable: seconds of silence after which a rank prints its stacks."""
 REARM_S = 1.0
 """A silent rank prints its stacks between the stall timeout and this much later."""
+PREEMPTION_NOTE = "preempted"
 PR_SET_PDEATHSIG = 1
 _asked_to_save = False
 
@@ -79,3 +80,16 @@ def _print_stacks_unless_rearmed() -> None:
 def speak_error(log_dir: Path, message: str) -> None:
     """Leaves a message for the user in place of this rank's last log lines."""
     (log_dir / f"rank-{os.environ.get('RANK', '0')}.error").write_text(message)
+
+
+def note_preemption(log_dir: Path) -> None:
+    """Leaves word that the ranks saved and stopped on request, where exit codes do not get through."""
+    (log_dir / PREEMPTION_NOTE).touch()
+
+
+def take_preemption_note(log_dir: Path) -> bool:
+    """Whether `note_preemption` has been called since this was asked last."""
+    note = log_dir / PREEMPTION_NOTE
+    there = note.exists()
+    note.unlink(missing_ok=True)
+    return there

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flows.config import RunError, from_json
 from flows.config.engine import Device
-from flows.launcher import EXIT_PREEMPTED, Heartbeat, follow_parent, save_on_sigterm, speak_error
+from flows.launcher import EXIT_PREEMPTED, Heartbeat, follow_parent, note_preemption, save_on_sigterm, speak_error
 from flows.training.job import TrainingJob
 
 EXIT_RUN_ERROR = 1
@@ -35,6 +35,7 @@ def main(run_path: Path) -> int:
         train(job)
     except StoppedEarly as stop:
         print(stop, flush=True)
+        note_preemption(job.log_dir)
         return EXIT_PREEMPTED
     except RunError as error:
         speak_error(job.log_dir, str(error))
