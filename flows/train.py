@@ -26,7 +26,7 @@ from prefect._internal.control_listener import get_intent  # the only place that
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.exceptions import TerminationSignal
-from prefect.runtime import flow_run
+from prefect.runtime import deployment
 from prefect.states import AwaitingRetry, Completed, Failed
 
 from flows.artifact import Artifact, ArtifactStore, Stage
@@ -75,7 +75,7 @@ def train(overrides: Sequence[str] = (), config: Config | None = None) -> State[
         with lead(config):
             result = _run_chain(config)
     except Preempted as stop:
-        if flow_run.deployment_id is not None:  # somebody is there to run it again
+        if deployment.id is not None:  # somebody is there to run it again
             return AwaitingRetry(message=str(stop))
         return Failed(name=PREEMPTED, message=str(stop))
     except (RunError, ConfigError) as error:

@@ -41,9 +41,9 @@ def slurm_script(module: str, argument: Path, config: LauncherConfig, log_dir: P
         "signal": f"TERM@{WARNING_S}",
     }
     lines = [f"--{name}={value}" for name, value in directives.items() if value is not None]
-    environment = process_environment(config)
-    if not config.threads_per_rank:
-        environment["OMP_NUM_THREADS"] = "${SLURM_CPUS_PER_TASK:-1}"
+    environment = {**process_environment(config), "OMP_NUM_THREADS": "${SLURM_CPUS_PER_TASK:-1}"}
+    if config.threads_per_rank:
+        environment["SRUN_CPUS_PER_TASK"] = "$SLURM_CPUS_PER_TASK"  # since 22.05 srun does not take it over by itself
     if path := os.environ.get("PYTHONPATH"):
         environment["PYTHONPATH"] = shlex.quote(path)
     exports = [f"export {name}={value}" for name, value in environment.items()]

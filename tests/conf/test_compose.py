@@ -31,7 +31,11 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 def test_every_file_composes(path: Path) -> None:
     group = path.parent.relative_to(CONF_DIR)
     prefix = "+" if group.name == "experiment" else ""
-    needs = {"files": ["data.corpus.paths=[x.txt]"], "huggingface": ["data.corpus.dataset=x"]}
+    needs = {
+        "files": ["data.corpus.paths=[x.txt]"],
+        "huggingface": ["data.corpus.dataset=x"],
+        "kubernetes": ["launcher.kubernetes.image=registry.example.com/millrace"],
+    }
     ranks = ["launcher.num_ranks=1"] if group.name == "experiment" else []
     config = compose_config([f"{prefix}{group}={path.stem}", *needs.get(path.stem, []), *ranks])
     assert isinstance(config, Config)
@@ -71,6 +75,14 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
         ("data=nope", "data=nope does not exist. Choose one of: files, huggingface, stdlib."),
         ("+experiment=nope", "experiment=nope does not exist. Choose one of: .*quickstart"),
         ("data=files", "data.corpus.source=files needs at least one path. Set data.corpus.paths"),
+        (
+            "launcher.num_nodes=2",
+            "launcher.num_nodes=2 cannot be started by launcher.kind=local, .* Set launcher=rendez",
+        ),
+        ("launcher.submit=false", "launcher.submit=False has nothing to write for launcher.kind=local"),
+        ("launcher.kind=hostfile", "launcher.kind=hostfile needs a list of hosts. Set launcher.hostfile"),
+        ("launcher.kind=kubernetes", "launcher.kubernetes.image='' must be given"),
+        ("launcher.slurm.directives=[gpu]", r"launcher.slurm.directives=\['gpu'\] holds 'gpu', and each one must read"),
         ("name=../x", "name=../x must be usable as a directory name"),
     ],
 )
