@@ -40,14 +40,16 @@ def join(config: Config) -> None:
         RunError: No flow of this name runs on the leading node, or it has ended before its last training stage.
         Preempted: The ranks were asked to stop and have saved.
     """
-    member = _Member(config)
+    member = Member(config)
     try:
         run_chain(config, member.take_part)
     except _NoTrainingLeft:
         print("The training stages are done; the leading node goes on alone.")
 
 
-class _Member:
+class Member:
+    """This node's part in a run."""
+
     def __init__(self, config: Config) -> None:
         self._config = config
         self._store = ArtifactStore(config.artifacts_dir / "store")
