@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -92,7 +92,7 @@ class Stage:
     def ingredients(self) -> dict[str, Any]:
         """Everything that decides the content, as JSON values."""
         return {
-            "config": to_plain(self.config),
+            "config": _what_decides_content(self.config, to_plain(self.config)),
             "parents": {role: artifact.digest for role, artifact in self.parents.items()},
             "inputs": self._outside_fingerprint(),
             "code": source_digests(self.module),
@@ -102,6 +102,17 @@ class Stage:
         if "fingerprint" not in defined_names(self.module):
             return None
         return cast(str | None, importlib.import_module(self.module).fingerprint(self.config))
+
+
+def _what_decides_content(section: Any, plain: Any) -> Any:
+    """The plain form of a section without the fields that say where or how patiently it runs."""
+    if not is_dataclass(section):
+        return plain
+    return {
+        field.name: _what_decides_content(getattr(section, field.name), plain[field.name])
+        for field in fields(section)
+        if field.metadata.get("decides_content", True)
+    }
 
 
 def digest_file(path: Path) -> str:

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flows.config import Config, ConfigError, RunError
 from flows.config.reference import field_references, render_help
+from flows.launcher import EXIT_PREEMPTED, Preempted
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 
@@ -53,6 +54,9 @@ def _spoken_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; the same command carries on from here.")
+    except Preempted as stop:
+        print(f"{stop}; the same command carries on from there.", file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
     except (HydraException, OmegaConfBaseException, ConfigError, RunError) as error:
         print(f"error: {explain_error(error)}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, RunError) else ConfigError.exit_code)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from flows.config import Config, ConfigError
 from flows.config.checks import require
 from flows.config.engine import Device
+from flows.config.launcher import LauncherKind
 from flows.config.model import Kernels
 from flows.config.training import TrainingRun
 from flows.data.adopted_tokenizer import check_tokenizer
 from flows.data.sources import check_sources
+from flows.launcher.check import check_launcher
 from flows.serving.installation import check_server_available
 from flows.training.deepspeed_config import deepspeed_config
 from flows.training.trackers import check_trackers
@@ -26,6 +28,7 @@ def check(config: Config) -> None:
         deepspeed_config(run)
         _check_weights(run)
         _check_device(run)
+    check_launcher(config.launcher)
     check_server_available()
 
 
@@ -52,7 +55,7 @@ def _check_device(run: TrainingRun) -> None:
 
     from kernels.dispatch import unavailable_reason
 
-    if run.engine.device == Device.cuda:
+    if run.engine.device == Device.cuda and run.launcher.kind in (LauncherKind.local, LauncherKind.rendezvous):
         count = torch.cuda.device_count()
         require(
             count >= run.launcher.num_ranks,

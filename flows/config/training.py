@@ -176,19 +176,24 @@ class TrainingRun:
         return "distill.student" if self.objective == Objective.distillation else "model"
 
     @property
+    def _ranks(self) -> str:
+        nodes = f"launcher.num_nodes={self.launcher.num_nodes} x " if self.launcher.num_nodes > 1 else ""
+        return f"{nodes}launcher.num_ranks={self.launcher.num_ranks}"
+
+    @property
     def gradient_accumulation_steps(self) -> int:
         """Micro steps per optimizer update on each rank."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * self.launcher.num_ranks)
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.launcher.world_size)
 
     def __post_init__(self) -> None:
-        per_micro_step = self.train.micro_batch_size * self.launcher.num_ranks
+        per_micro_step = self.train.micro_batch_size * self.launcher.world_size
         nearest = per_micro_step * max(1, round(self.train.global_batch_size / per_micro_step))
         require(
             self.train.global_batch_size % per_micro_step == 0,
             "train.global_batch_size",
             self.train.global_batch_size,
             f"must be a multiple of train.micro_batch_size={self.train.micro_batch_size} x "
-            f"launcher.num_ranks={self.launcher.num_ranks} = {per_micro_step}",
+            f"{self._ranks} = {per_micro_step}",
             f"Set train.global_batch_size={nearest}.",
         )
         require(

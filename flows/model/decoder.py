@@ -51,7 +51,10 @@ class DecoderStack(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+        # Given, not drawn: `initialize` draws it, and to draw it on the meta device imports a compiler for seconds.
+        self.embed_tokens = nn.Embedding(
+            vocab_size, config.hidden_size, _weight=torch.empty(vocab_size, config.hidden_size)
+        )
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, config.hidden_size)
         self.head_dim = config.head_dim

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from flows.config import RunError, from_json
 from flows.config.engine import Device
-from flows.launcher import follow_parent, speak_error
+from flows.launcher import EXIT_PREEMPTED, Heartbeat, follow_parent, note_preemption, save_on_sigterm, speak_error
 from flows.training.job import TrainingJob
 from flows.training.out_of_memory import explain_out_of_memory, is_out_of_memory, rank_limit_bytes
 from flows.training.plan import teacher_shape
@@ -19,21 +19,33 @@ from flows.training.plan import teacher_shape
 def main(run_path: Path) -> int:
     """Trains as run.json says; the process's exit code."""
     follow_parent()
+    save_on_sigterm()
     job = from_json(TrainingJob, run_path.read_text())
+    heartbeat = Heartbeat(job.log_dir)
+    heartbeat.beat()  # from now on a rank that hangs shows where, also while it starts
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)  # one rank, run by hand
     os.environ.setdefault("MASTER_PORT", "29500")
     os.environ["DS_ACCELERATOR"] = _accelerator(job.run.engine.device)  # DeepSpeed reads it when it is imported
+    from flows.training.quick_start import keep_compiler_out
+
+    keep_compiler_out()
     from flows.training.loop import train
+    from flows.training.preemption import StoppedEarly
 
     try:
         train(job)
+    except StoppedEarly as stop:
+        print(stop, flush=True)
+        note_preemption(job.log_dir)
+        return EXIT_PREEMPTED
     except RunError as error:
         _give_up(job, str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         _give_up(job, _explain(job), RunError.exit_code)
+    heartbeat.rest()
     return 0
 
 

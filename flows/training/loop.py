@@ -29,6 +29,7 @@ from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
 from flows.training.plan import flops_per_token, teacher_shape
+from flows.training.preemption import StoppedEarly, any_rank_asked_to_save
 from flows.training.receipts import ReceiptLog, first_link, next_link
 from flows.training.saving import save_trained
 from flows.training.schedules import ema_decay, learning_rate
@@ -47,6 +48,7 @@ def train(job: TrainingJob) -> None:
 
     Raises:
         NonFiniteLossError: On every rank, before the optimizer step; checkpoints stay as they are.
+        StoppedEarly: On every rank, after a checkpoint: one of them was sent SIGTERM.
     """
     run = job.run
     start_process_group()
@@ -93,8 +95,14 @@ def train(job: TrainingJob) -> None:
         if _due(state.step, run.train.eval_interval_steps, run.train):
             with checkpoints.finished_on_error(), averaged_weights(engine, run.train.ema_decay > 0):
                 _evaluate_and_keep_best(engine, validation, job, state, log, index, heartbeat)
-        if _due(state.step, run.train.checkpoint_interval_steps, run.train):
+        due = _due(state.step, run.train.checkpoint_interval_steps, run.train)
+        asked = any_rank_asked_to_save(engine.device)
+        if due or asked:
             checkpoints.save(state)
+        if asked and not _finished(state, run.train):
+            checkpoints.wait()
+            close_engine(engine)
+            raise StoppedEarly(f"stopped by SIGTERM after step {state.step}, which is saved")
     checkpoints.wait()
     if log and receipts:
         log.close()

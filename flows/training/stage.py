@@ -73,6 +73,7 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
 
     Raises:
         RankError: A rank failed, died or hung.
+        Preempted: The ranks were asked to stop, and have saved.
         OutOfMemoryError: The kernel ended a rank for lack of memory.
     """
     teacher = parents.get("teacher")
@@ -88,14 +89,14 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
     )
     plan = _plan(job)
     job.log_dir.mkdir(exist_ok=True)
-    for spoken in job.log_dir.glob("*.error"):
-        spoken.unlink()
     run_path = job.log_dir / "run.json"
     run_path.write_text(to_json(job))
     with tqdm(total=config.train.max_steps, unit="step", desc=directory.name.partition("-")[0], disable=None) as bar:
         kills = kernel_kills()
         try:
-            launch_ranks(RUNS.removesuffix(".__main__"), run_path, config.launcher, job.log_dir, _progress(job, bar))
+            restarts = launch_ranks(
+                RUNS.removesuffix(".__main__"), run_path, config.launcher, job.log_dir, _progress(job, bar)
+            )
         except RankError as error:
             if kernel_kills() == kills:
                 raise
@@ -109,7 +110,7 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
     for heartbeat in job.log_dir.glob("*.heartbeat"):
         heartbeat.unlink()
     summary: dict[str, Any] = json.loads((job.log_dir / "summary.json").read_text())
-    return summary | {"curve": list(read_metrics(job.log_dir / METRICS)), "plan": plan}
+    return summary | {"curve": list(read_metrics(job.log_dir / METRICS)), "plan": plan, "restarts": restarts}
 
 
 def _plan(job: TrainingJob) -> dict[str, Any] | None:

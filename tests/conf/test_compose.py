@@ -36,6 +36,7 @@ def test_every_file_composes(path: Path) -> None:
         "files": ["data.corpus.paths=[x.txt]"],
         "chat": ["data.corpus.paths=[x.jsonl]"],
         "huggingface": ["data.corpus.dataset=x"],
+        "kubernetes": ["launcher.kubernetes.image=registry.example.com/millrace"],
     }
     needs["lora_finetune"] = ["model.initial_weights=x", *needs["files"]]
     ranks = ["launcher.num_ranks=1"] if group.name == "experiment" else []
@@ -83,6 +84,14 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
         ("data=nope", "data=nope does not exist. Choose one of: chat, files, huggingface, mixture, stdlib."),
         ("+experiment=nope", "experiment=nope does not exist. Choose one of: .*quickstart"),
         ("data=files", "data.corpus.source=files needs at least one path. Set data.corpus.paths"),
+        (
+            "launcher.num_nodes=2",
+            "launcher.num_nodes=2 cannot be started by launcher.kind=local, .* Set launcher=rendez",
+        ),
+        ("launcher.submit=false", "launcher.submit=False has nothing to write for launcher.kind=local"),
+        ("launcher.kind=hostfile", "launcher.kind=hostfile needs a list of hosts. Set launcher.hostfile"),
+        ("launcher.kind=kubernetes", "launcher.kubernetes.image='' must be given"),
+        ("launcher.slurm.directives=[gpu]", r"launcher.slurm.directives=\['gpu'\] holds 'gpu', and each one must read"),
         ("name=../x", "name=../x must be usable as a directory name"),
     ],
 )
