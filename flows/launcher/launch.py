@@ -177,12 +177,13 @@ class _Watch:
         )
 
     def _failed(self, rank: int, code: int) -> RankError:
-        ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        spoken = self._log_dir / f"rank-{rank}.error"
-        if spoken.exists():
-            return RankError(f"rank {rank} {ending}: {spoken.read_text().strip()}", comes_again=True)
+        spoken = sorted(self._log_dir.glob("rank-*.error"))
+        if spoken:  # the others failed because this one did
+            speaker = int(spoken[0].stem.removeprefix("rank-"))
+            code = self._ranks.exit_codes().get(speaker, code)
+            return RankError(f"rank {speaker} {_ending(code)}: {spoken[0].read_text().strip()}", comes_again=True)
         log_path = self._ranks.log_path(rank)
-        return RankError(f"rank {rank} {ending}; its last lines ({log_path}):\n{last_lines(log_path)}")
+        return RankError(f"rank {rank} {_ending(code)}; its last lines ({log_path}):\n{last_lines(log_path)}")
 
     def _raise_if_stalled(self, rank: int, now: float) -> None:
         path = self._log_dir / f"rank-{rank}.heartbeat"
@@ -196,3 +197,7 @@ class _Watch:
                 f"{self._config.stall_timeout_s}; the stacks of all silent ranks are in their logs:\n"
                 f"{last_lines(self._ranks.log_path(rank))}"
             )
+
+
+def _ending(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
