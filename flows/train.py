@@ -98,7 +98,7 @@ def _asks_for_checkpoint(error: BaseException) -> bool:
 
 def _schedule_again(message: str) -> Pause:
     """Hands this run of a deployment back to whoever runs what is due; what ends it here without an outcome."""
-    state = AwaitingRetry(message=message)
+    state: State[None] = AwaitingRetry(message=message)
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(UUID(flow_run.id), state, force=True)
     return Pause(message, state=state)
