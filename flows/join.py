@@ -63,12 +63,16 @@ class Member:
             raise _NoTrainingLeft
         key = self._store.key(stage)
         waited_since = time.monotonic()
-        while not (self._store.root / key / MANIFEST).exists():
+        while True:
+            led = leading(self._config)  # asked first: the leading node may make the stage and end in between
+            if (self._store.root / key / MANIFEST).exists():
+                break
             if stage.module == TRAINING:
                 self._join_if_invited(self._store.root / f"{key}.partial" / "logs")
-            if leading(self._config):
+            waited_s = time.monotonic() - waited_since
+            if led:
                 waited_since = time.monotonic()
-            elif time.monotonic() - waited_since > self._config.launcher.rendezvous_timeout_s or self._joined:
+            elif self._joined or waited_s > self._config.launcher.rendezvous_timeout_s:
                 self._give_up(stage)
             time.sleep(POLL_INTERVAL_S)
         if stage.module == TRAINING:
@@ -120,7 +124,7 @@ def leading(config: Config) -> bool:
     """Whether the leading node's flow runs; the kernel lets go of its lock however it ends."""
     with _lock_file(config).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             return True
     return False

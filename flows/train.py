@@ -20,13 +20,15 @@ import logging
 import time
 from collections.abc import Sequence
 from typing import cast
+from uuid import UUID
 
 from prefect import flow, task
 from prefect._internal.control_listener import get_intent  # the only place that tells a cancelled run from SIGTERM
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas import State
-from prefect.exceptions import TerminationSignal
-from prefect.runtime import deployment
+from prefect.exceptions import Pause, TerminationSignal
+from prefect.runtime import deployment, flow_run
 from prefect.states import AwaitingRetry, Completed, Failed
 
 from flows.artifact import Artifact, ArtifactStore, Stage
@@ -76,7 +78,7 @@ def train(overrides: Sequence[str] = (), config: Config | None = None) -> State[
             result = _run_chain(config)
     except Preempted as stop:
         if deployment.id is not None:  # somebody is there to run it again
-            return AwaitingRetry(message=str(stop))
+            raise _schedule_again(str(stop)) from None
         return Failed(name=PREEMPTED, message=str(stop))
     except (RunError, ConfigError) as error:
         return Failed(message=str(error))
@@ -92,6 +94,14 @@ def train(overrides: Sequence[str] = (), config: Config | None = None) -> State[
 def _asks_for_checkpoint(error: BaseException) -> bool:
     """SIGTERM does, unless the Prefect runner sent it: it cancels a run like that, and says so beforehand."""
     return isinstance(error, TerminationSignal) and get_intent() != "cancel"
+
+
+def _schedule_again(message: str) -> Pause:
+    """Hands this run of a deployment back to whoever runs what is due; what ends it here without an outcome."""
+    state: State[None] = AwaitingRetry(message=message)
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(UUID(flow_run.id), state, force=True)
+    return Pause(message, state=state)
 
 
 def _run_chain(config: Config) -> ChainResult:

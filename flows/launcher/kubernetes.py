@@ -100,7 +100,8 @@ class KubernetesRanks:
                 f"`kubectl create -f {path}`; when the job is done, the same command goes on from what it trained."
             )
         self._path = path
-        self._submit()
+        if not self._is_at_work():  # else it is the job of an earlier flow that was killed: ours now
+            self._submit()
         self._codes: dict[int, int] = {}
         self._active = False
         self._asked_at = 0.0
@@ -150,6 +151,12 @@ class KubernetesRanks:
     def log_path(self, rank: int) -> Path:
         """Where torchrun keeps the ranks' output on the shared file system."""
         return self._log_dir / "torchrun"
+
+    def _is_at_work(self) -> bool:
+        shown = self._kubectl("get", "trainjob", self._name, "--ignore-not-found", "--output=json")
+        conditions = json.loads(shown or "{}").get("status", {}).get("conditions", [])
+        ended = {item["type"] for item in conditions if item["status"] == "True"} & {"Complete", "Failed"}
+        return bool(shown) and not ended
 
     def _submit(self) -> None:
         self._delete()  # an earlier one: jobs cannot be changed

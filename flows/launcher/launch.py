@@ -13,7 +13,7 @@ from flows.config.launcher import LauncherConfig, LauncherKind
 from flows.launcher.hostfile import HostRanks
 from flows.launcher.kubernetes import KubernetesRanks
 from flows.launcher.local import start_local
-from flows.launcher.outcome import Preempted, RankError, is_preemption
+from flows.launcher.outcome import Preempted, RankError, is_preemption, last_lines
 from flows.launcher.rank import EXIT_PREEMPTED, PREEMPTION_NOTE, REARM_S
 from flows.launcher.rendezvous import LeadingNode
 from flows.launcher.slurm import SlurmRanks
@@ -21,7 +21,6 @@ from flows.launcher.slurm import SlurmRanks
 POLL_INTERVAL_S = 0.1
 STALL_MARGIN_S = REARM_S + 2.0
 """A silent rank has printed its stacks when it is this much overdue."""
-LAST_LINES = 12
 
 logger = logging.getLogger(__name__)
 
@@ -179,11 +178,13 @@ class _Watch:
         )
 
     def _failed(self, rank: int, code: int) -> RankError:
-        ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        spoken = self._log_dir / f"rank-{rank}.error"
-        if spoken.exists():
-            return RankError(f"rank {rank} {ending}: {spoken.read_text().strip()}", comes_again=True)
-        return RankError(f"rank {rank} {ending}; its last lines ({self._ranks.log_path(rank)}):\n{self._words(rank)}")
+        spoken = sorted(self._log_dir.glob("rank-*.error"))
+        if spoken:  # the others failed because this one did
+            speaker = int(spoken[0].stem.removeprefix("rank-"))
+            code = self._ranks.exit_codes().get(speaker, code)
+            return RankError(f"rank {speaker} {_ending(code)}: {spoken[0].read_text().strip()}", comes_again=True)
+        log_path = self._ranks.log_path(rank)
+        return RankError(f"rank {rank} {_ending(code)}; its last lines ({log_path}):\n{last_lines(log_path)}")
 
     def _raise_if_stalled(self, rank: int, now: float) -> None:
         path = self._log_dir / f"rank-{rank}.heartbeat"
@@ -195,10 +196,9 @@ class _Watch:
             raise RankError(
                 f"rank {rank} gave no sign of life for {silent_s:.0f} s, more than launcher.stall_timeout_s="
                 f"{self._config.stall_timeout_s}; the stacks of all silent ranks are in their logs:\n"
-                f"{self._words(rank)}"
+                f"{last_lines(self._ranks.log_path(rank))}"
             )
 
-    def _words(self, rank: int) -> str:
-        path = self._ranks.log_path(rank)
-        lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
-        return "\n".join(f"  | {line}" for line in lines[-LAST_LINES:])
+
+def _ending(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

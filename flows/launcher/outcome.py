@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from flows.config import RunError
+
+LAST_LINES = 12
+
+
+def last_lines(path: Path) -> str:
+    """The end of a log, indented for a message; empty if there is none."""
+    lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
+    return "\n".join(f"  | {line}" for line in lines[-LAST_LINES:])
 
 
 class RankError(RunError):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from flows.config.launcher import LauncherConfig
 from flows.launcher.local import process_environment, rank_command
-from flows.launcher.outcome import NotSubmitted, RankError
+from flows.launcher.outcome import NotSubmitted, RankError, last_lines
 from flows.launcher.rank import EXIT_PREEMPTED
 
 SCRIPT = "job.sbatch"
+JOB_ID = "job.id"
 POLL_INTERVAL_S = 5.0
 """Slurm's controller is shared by everybody; its jobs stay known to it for MinJobAge, 300 s by default."""
 WARNING_S = 120
@@ -89,7 +90,8 @@ class SlurmRanks:
                 f"launcher.submit=false: {script} is written and not submitted. Submit it with `sbatch {script}`; when "
                 "the job is done, the same command goes on from what it trained."
             )
-        self._job = _slurm("sbatch", "--parsable", str(script)).partition(";")[0]
+        self._job = _job_at_work(log_dir) or _slurm("sbatch", "--parsable", str(script)).partition(";")[0]
+        (log_dir / JOB_ID).write_text(self._job)
         self._state = "PENDING"
         self._codes: dict[int, int] = {}
         self._asked_at = 0.0
@@ -103,18 +105,13 @@ class SlurmRanks:
         if time.monotonic() - self._asked_at < POLL_INTERVAL_S:
             return not self._codes
         self._asked_at = time.monotonic()
-        shown = _slurm("scontrol", "show", "job", self._job, "--oneliner")
-        facts = dict(word.partition("=")[::2] for word in shown.split())
+        facts = _job_facts(self._job)
         self._state = facts["JobState"]
         if self._state == "COMPLETED":
             self._codes = dict.fromkeys(range(self._world_size), 0)
         elif self._state not in (*WAITING, "RUNNING"):
             spoken = sorted(self._log_dir.glob("rank-*.error"))
-            words = (
-                f": {spoken[0].read_text().strip()}"
-                if spoken
-                else f"; see {self.log_path(0)} and slurm-{self._job}.log"
-            )
+            words = f": {spoken[0].read_text().strip()}" if spoken else f"; its last lines:\n{self._last_lines()}"
             reason = f"state {self._state}, exit code {facts.get('ExitCode')}, reason {facts.get('Reason')}"
             raise RankError(f"Slurm job {self._job} has ended: {reason}{words}", comes_again=bool(spoken))
         return not self._codes
@@ -138,9 +135,30 @@ class SlurmRanks:
         if not self._codes:
             _slurm("scancel", self._job)
 
+    def _last_lines(self) -> str:
+        path = self._log_dir / f"slurm-{self._job}.log"
+        return last_lines(path) + f"\n  | The ranks' own words are in {self.log_path(0)} and beside it."
+
     def log_path(self, rank: int) -> Path:
         """`rank-<n>.log`, on the shared file system."""
         return self._log_dir / f"rank-{rank}.log"
+
+
+def _job_at_work(log_dir: Path) -> str | None:
+    """The job of an earlier flow that was killed, if it still waits or runs: two would train over each other."""
+    path = log_dir / JOB_ID
+    if not path.exists():
+        return None
+    try:
+        state = _job_facts(path.read_text())["JobState"]
+    except RankError:  # long forgotten
+        return None
+    return path.read_text() if state in (*WAITING, "RUNNING") else None
+
+
+def _job_facts(job: str) -> dict[str, str]:
+    shown = _slurm("scontrol", "show", "job", job, "--oneliner")
+    return {name: value for name, _, value in (word.partition("=") for word in shown.split())}
 
 
 def _slurm(*command: str) -> str:

@@ -50,7 +50,7 @@ def test_killed_restarted_preempted_and_resumed_equals_undisturbed(
     losses: Callable[[Artifact], list[float]],
     tmp_path: Path,
 ) -> None:
-    run = tiny_run(ranks=2, max_steps=200, checkpoint_interval_steps=20, eval_interval_steps=100)
+    run = tiny_run(ranks=2, max_steps=120, checkpoint_interval_steps=10, eval_interval_steps=60)
     metrics = "store/*.partial/logs/metrics.jsonl"
     ends: list[BaseException] = []
 
@@ -66,10 +66,10 @@ def test_killed_restarted_preempted_and_resumed_equals_undisturbed(
 
     thread = threading.Thread(target=train)
     thread.start()
-    until(lambda: step() > 25)
+    until(lambda: step() > 12)
     first = rank(1)
     os.kill(first.pid, signal.SIGKILL)
-    until(lambda: not first.is_running() and len(ranks_of_this_process()) == 2 and step() > 50)
+    until(lambda: not first.is_running() and len(ranks_of_this_process()) == 2 and step() > 30)
     os.kill(rank(1).pid, signal.SIGTERM)
     thread.join(DEADLINE_S)
     (end,) = ends

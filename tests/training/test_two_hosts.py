@@ -100,7 +100,11 @@ def test_the_same_command_on_two_hosts_trains_one_model(
         )
         for host in reversed(hosts)  # the one that joins is there first
     ]
-    said = [node.communicate(timeout=DEADLINE_S)[0] for node in nodes]
+    try:
+        said = [node.communicate(timeout=DEADLINE_S)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
     assert [node.returncode for node in nodes] == [0, 0], said
     assert "joined" in said[0]
     assert "made" in said[1]
