@@ -14,7 +14,7 @@ from flows.config.compression import EvaluateConfig, GatingConfig, QualityConfig
 from flows.config.data import DataConfig
 from flows.config.engine import EngineConfig
 from flows.config.launcher import LauncherConfig
-from flows.config.model import ModelConfig
+from flows.config.model import Architecture, ModelConfig
 from flows.config.serving import (
     AUTO_CANDIDATE,
     EntryConfig,
@@ -79,6 +79,15 @@ class Config:
             f"is not a candidate of this run, which makes {self.candidates}",
             f"Set publish.candidate={AUTO_CANDIDATE}, or one of them.",
         )
+        if self.model.architecture == Architecture.transformers:
+            for section, setting in {"distill": self.distill.enabled, "quantize": self.quantize.enabled}.items():
+                require(
+                    not setting,
+                    f"{section}.enabled",
+                    setting,
+                    f"cannot be combined with model.architecture={self.model.architecture}: it knows our decoder only",
+                    f"Set {section}=none.",
+                )
         for section, model in {"model": self.model, "distill.student": self.distill.student}.items():
             weights = model.initial_weights
             require(

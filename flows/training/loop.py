@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
 
 from flows.artifact import write_json_atomically
 from flows.config import RunError
@@ -18,8 +19,9 @@ from flows.config.model import Kernels
 from flows.config.training import Objective, TrainConfig, TrainingRun
 from flows.data.packed import PackedDataset
 from flows.launcher import Heartbeat
-from flows.model.checkpoint import load_decoder, load_initial_weights
+from flows.model.checkpoint import load_decoder, load_initial_model
 from flows.model.decoder import Decoder, initialize
+from flows.model.transformers_model import named_weights_module
 from flows.training.batches import Batch, micro_batches, to_batch
 from flows.training.checkpoint import TrainingState, load_newest_checkpoint, save_checkpoint
 from flows.training.engine import build_engine, close_engine, gather_weights, set_learning_rate, start_process_group
@@ -60,8 +62,7 @@ def train(job: TrainingJob) -> None:
         rate = learning_rate(run.train, state.step)
         set_learning_rate(engine, rate)
         set_ema_decay(engine, ema_decay(run.train, state.step))
-        if run.train.lora.dropout:
-            torch.manual_seed(hash((run.seed, state.step, dist.get_rank())))  # resumed runs drop what others would
+        torch.manual_seed(hash((run.seed, state.step, dist.get_rank())))  # a resumed run drops what others would
         loss = train_step(engine, micro_batches(dataset, run, state.step, engine.device), state.step)
         state.step += 1
         heartbeat.beat()
@@ -159,18 +160,19 @@ def _evaluate_and_keep_best(
     state.evals_without_improvement += 1
     if loss < state.best_loss:
         state.best_loss, state.evals_without_improvement = loss, 0
-        weights = gather_weights(engine.module.model)
+        weights = gather_weights(named_weights_module(engine.module.model))
         if weights:
-            save_trained(job, weights, index)
+            save_trained(job, engine.module.model, weights, index)
 
 
-def _initial_model(run: TrainingRun, vocab_size: int) -> Decoder:
-    model = Decoder(run.model, vocab_size)
+def _initial_model(run: TrainingRun, vocab_size: int) -> nn.Module:
+    model: nn.Module
     if run.model.initial_weights is None:
+        model = Decoder(run.model, vocab_size)
         initialize(model, run.seed)
     else:
-        load_initial_weights(model, run.model.initial_weights, run.model_section)
-    choose_weights(model, run.train, run.seed)
+        model = load_initial_model(run.model, vocab_size, run.model_section)
+    choose_weights(named_weights_module(model), run.train, run.seed)
     return model
 
 

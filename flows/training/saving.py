@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.model.checkpoint import save_decoder
+from flows.model.transformers_model import TransformersModel, save_transformers_model
 from flows.training.job import TrainingJob
 from flows.training.lora import ADAPTER_DIR, merged, save_adapter
 from flows.training.trainable import matches
 
 
-def save_trained(job: TrainingJob, weights: Mapping[str, Tensor], index: Mapping[str, int]) -> None:
+def save_trained(job: TrainingJob, model: nn.Module, weights: Mapping[str, Tensor], index: Mapping[str, int]) -> None:
     """Writes the best model so far.
 
     Args:
         job: Whose `best_dir` it goes to.
+        model: What is trained; its own weights, which may be parts, are not read.
         weights: Whole weights by name.
         index: Of the tokens: `vocab_size`, `eos_token_id`.
     """
@@ -26,6 +28,9 @@ def save_trained(job: TrainingJob, weights: Mapping[str, Tensor], index: Mapping
         replaced = {name for name in weights if _is_replaced(name, lora.replaced)}
         save_adapter(job.best_dir / ADAPTER_DIR, weights, replaced, lora)
         weights = merged(weights, lora)
+    if isinstance(model, TransformersModel):
+        save_transformers_model(job.best_dir, model, weights)
+        return
     save_decoder(
         job.best_dir,
         weights,
