@@ -11,13 +11,16 @@ from flows.data.adopted_tokenizer import check_tokenizer
 from flows.data.sources import check_sources
 from flows.serving.installation import check_server_available
 from flows.training.deepspeed_config import deepspeed_config
+from flows.training.trackers import check_trackers
 
 
 def check(config: Config) -> None:
     """Raises `ConfigError` for missing files, hardware and software that this run would need."""
-    check_sources(config.data.corpus)
+    for corpus in config.data.corpora.values():
+        check_sources(corpus)
     if config.data.tokenizer.directory is not None:
         check_tokenizer(config.data.tokenizer.directory)
+    check_trackers(config.tracking)
     runs = [config.base_run()] + ([config.student_run()] if config.distill.enabled else [])
     for run in runs:
         deepspeed_config(run)

@@ -62,6 +62,10 @@ class TrainConfig:
     """A resumable checkpoint is written each time this many steps are done."""
     keep_checkpoints: int = 2
     """Newest resumable checkpoints kept while training, so that a damaged one is not the end."""
+    keep_every_steps: int = 0
+    """Checkpoints of steps that this divides also stay until the run is complete, to go back to; 0 = none."""
+    asynchronous_checkpoints: bool = True
+    """Training goes on while a checkpoint is written, from a copy in host memory: 12 bytes per parameter with AdamW."""
     log_interval_steps: int = 10
     """Loss, learning rate, gradient norm and tokens per second are logged this often."""
 
@@ -93,6 +97,13 @@ class TrainConfig:
             self.warmup_steps,
             "must not be negative",
             "Set it to 0 for no warm-up.",
+        )
+        require(
+            self.keep_every_steps >= 0,
+            "train.keep_every_steps",
+            self.keep_every_steps,
+            "must not be negative",
+            "Set it to 0 to keep only the newest.",
         )
         require(
             self.early_stopping_evals >= 0,
@@ -154,6 +165,10 @@ class TrainingRun:
     """Read by distillation only."""
     alpha: float = 1.0
     """Read by distillation only."""
+    document_masks: bool = False
+    """Whether documents that share a sequence are told apart."""
+    mixture: dict[str, int] = field(default_factory=dict)
+    """Weight of each corpus by name; empty = there is one."""
 
     @property
     def model_section(self) -> str:

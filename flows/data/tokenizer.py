@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from flows.artifact import Artifact, digest_file, digest_json
+from flows.artifact import Artifact, digest_file, digest_json, write_json_atomically
 from flows.config.data import TokenizerConfig
 from flows.data.adopted_tokenizer import adopt_tokenizer
+from flows.data.conversations import CHAT_TEMPLATE, MESSAGE_END, MESSAGE_START
 from flows.data.splits import read_documents_of
 
 END_OF_TEXT = "<|endoftext|>"
@@ -29,7 +30,10 @@ def fingerprint(config: TokenizerConfig) -> str | None:
 
 
 def build(directory: Path, config: TokenizerConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
-    """Writes `tokenizer.json` and `token_bytes.npy` (int64 [vocab]: UTF-8 bytes that each token stands for).
+    """Writes `tokenizer.json`, `token_bytes.npy` (int64 [vocab]: UTF-8 bytes that each token stands for), and
+    `tokenizer_config.json`, from which transformers takes the chat template.
+
+    It is trained on all corpora by size, whatever their weights: it stays the same when those change.
 
     That of `config.directory`, where there is one, is taken as it is.
 
@@ -37,12 +41,15 @@ def build(directory: Path, config: TokenizerConfig, parents: Mapping[str, Artifa
     """
     if config.directory is not None:
         return adopt_tokenizer(config.directory, directory)
-    corpus = parents["corpus"]
-    texts = (text for _, text in read_documents_of(corpus.path, "train"))
-    tokenizer = trained_tokenizer(
-        spread_sample(texts, corpus.metrics["splits"]["train"]["bytes"], config.sample_bytes), config
-    )
+    corpora = list(parents.values())
+    texts = (text for corpus in corpora for _, text in read_documents_of(corpus.path, "train"))
+    size = sum(corpus.metrics["splits"]["train"]["bytes"] for corpus in corpora)
+    tokenizer = trained_tokenizer(spread_sample(texts, size, config.sample_bytes), config)
     tokenizer.save(str(directory / "tokenizer.json"))
+    write_json_atomically(
+        directory / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "chat_template": CHAT_TEMPLATE},
+    )
     lengths = bytes_per_token(tokenizer)
     np.save(directory / "token_bytes.npy", lengths)
     return {
@@ -74,14 +81,17 @@ def vocabulary_size(directory: Path) -> int:
 
 
 def trained_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """A byte-level BPE tokenizer that loses nothing: text is split as for GPT-2 and every byte has a token."""
+    """A byte-level BPE tokenizer that loses nothing: text is split as for GPT-2 and every byte has a token.
+
+    The tokens of conversations are always in it, so that a model of plain text can be tuned on them later.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, MESSAGE_START, MESSAGE_END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )

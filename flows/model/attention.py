@@ -43,16 +43,35 @@ class Attention(nn.Module):
         return self.o_proj(y_BHLK.transpose(1, 2).flatten(2))
 
 
-def allowed_keys(attention_mask_BL: Tensor) -> Tensor:
-    """Which keys each query may look at, bool [B, 1, L, L]: real ones up to itself.
+def allowed_keys(attention_mask_BL: Tensor | None, document_ids_BL: Tensor | None = None) -> Tensor | None:
+    """Which keys each query may look at, bool [B, 1, L, L]: real ones of its document, up to itself; None = all.
 
     Every query may look at itself, padding too: a row with nothing to look at would be a softmax over nothing, NaN.
     """
-    length = attention_mask_BL.shape[1]
-    order_L = torch.arange(length, device=attention_mask_BL.device)
-    causal_LL = order_L[:, None] >= order_L[None, :]
-    itself_LL = order_L[:, None] == order_L[None, :]
-    return ((attention_mask_BL[:, None, :] != 0) & causal_LL | itself_LL)[:, None]
+    given_BL = attention_mask_BL if attention_mask_BL is not None else document_ids_BL
+    if given_BL is None:
+        return None
+    order_L = torch.arange(given_BL.shape[1], device=given_BL.device)
+    allowed_BLL = (order_L[:, None] >= order_L[None, :])[None]
+    if document_ids_BL is not None:
+        allowed_BLL = allowed_BLL & (document_ids_BL[:, :, None] == document_ids_BL[:, None, :])
+    if attention_mask_BL is not None:
+        itself_LL = order_L[:, None] == order_L[None, :]
+        allowed_BLL = (attention_mask_BL[:, None, :] != 0) & allowed_BLL | itself_LL
+    return allowed_BLL[:, None]
+
+
+def positions(input_ids_BL: Tensor, attention_mask_BL: Tensor | None, document_ids_BL: Tensor | None) -> Tensor:
+    """Position of each token in its document, int64 [B or 1, L]; padding is not counted."""
+    if document_ids_BL is None:
+        if attention_mask_BL is None:
+            return torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)[None]
+        return (attention_mask_BL.cumsum(1) - 1).clamp(min=0)
+    counted_BL = torch.ones_like(document_ids_BL) if attention_mask_BL is None else attention_mask_BL
+    before_BL = counted_BL.cumsum(1) - counted_BL
+    begins_BL = torch.ones_like(document_ids_BL, dtype=torch.bool)
+    begins_BL[:, 1:] = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
+    return before_BL - before_BL.where(begins_BL, 0).cummax(1).values
 
 
 def rotary(positions_BL: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

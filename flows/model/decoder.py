@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from flows.config.model import ModelConfig
-from flows.model.attention import Attention, allowed_keys, rotary
+from flows.model.attention import Attention, allowed_keys, positions, rotary
 from flows.model.norm import RMSNorm
 
 
@@ -57,16 +57,13 @@ class DecoderStack(nn.Module):
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta
 
-    def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None, document_ids_BL: Tensor | None = None
+    ) -> Tensor:
         """Hidden states [B, L, D]; see `Decoder.forward_hidden`."""
         x_BLD = self.embed_tokens(input_ids_BL)
-        length = input_ids_BL.shape[1]
-        if attention_mask_BL is None:
-            positions_BL = torch.arange(length, device=input_ids_BL.device)[None]
-            allowed_B1LL = None
-        else:
-            positions_BL = (attention_mask_BL.cumsum(1) - 1).clamp(min=0)
-            allowed_B1LL = allowed_keys(attention_mask_BL)
+        positions_BL = positions(input_ids_BL, attention_mask_BL, document_ids_BL)
+        allowed_B1LL = allowed_keys(attention_mask_BL, document_ids_BL)
         rotation = rotary(positions_BL, self.head_dim, self.rope_theta, x_BLD.dtype)
         for layer in self.layers:
             x_BLD = layer(x_BLD, rotation, allowed_B1LL)
@@ -94,19 +91,25 @@ class Decoder(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward_hidden(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+    def forward_hidden(
+        self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None, document_ids_BL: Tensor | None = None
+    ) -> Tensor:
         """Hidden states [B, L, D] after the final norm; `lm_head` turns any of them into scores.
 
         Args:
             input_ids_BL: Token ids, int64.
             attention_mask_BL: 1 for real tokens, 0 for padding on either side, int64; None = all are real, which is
                 faster. Positions count real tokens only. What comes out at padding is finite and without meaning.
+            document_ids_BL: Number of the document that each token belongs to, int64, never falling along a row. No
+                token looks at another document, and positions start anew with each; None = all look back at all.
         """
-        return self.model(input_ids_BL, attention_mask_BL)
+        return self.model(input_ids_BL, attention_mask_BL, document_ids_BL)
 
-    def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None, document_ids_BL: Tensor | None = None
+    ) -> Tensor:
         """Scores [B, L, V] of the token that follows each position; arguments as in `forward_hidden`."""
-        return self.lm_head(self.forward_hidden(input_ids_BL, attention_mask_BL))
+        return self.lm_head(self.forward_hidden(input_ids_BL, attention_mask_BL, document_ids_BL))
 
 
 @torch.no_grad()

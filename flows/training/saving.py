@@ -13,14 +13,16 @@ from flows.training.lora import ADAPTER_DIR, merged, save_adapter
 from flows.training.trainable import matches
 
 
-def save_trained(job: TrainingJob, model: nn.Module, weights: Mapping[str, Tensor], index: Mapping[str, int]) -> None:
-    """Writes the best model so far.
+def save_trained(
+    job: TrainingJob, model: nn.Module, index: Mapping[str, int], weights: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """Writes the best model so far; the weights that are in it.
 
     Args:
         job: Whose `best_dir` it goes to.
         model: What is trained; its own weights, which may be parts, are not read.
-        weights: Whole weights by name.
         index: Of the tokens: `vocab_size`, `eos_token_id`.
+        weights: Whole weights by name, adapters included.
     """
     lora = job.run.train.lora
     job.best_dir.mkdir(parents=True, exist_ok=True)
@@ -30,15 +32,11 @@ def save_trained(job: TrainingJob, model: nn.Module, weights: Mapping[str, Tenso
         weights = merged(weights, lora)
     if isinstance(model, TransformersModel):
         save_transformers_model(job.best_dir, model, weights)
-        return
+        return weights
     save_decoder(
-        job.best_dir,
-        weights,
-        job.run.model,
-        index["vocab_size"],
-        job.run.sequence_length,
-        index["eos_token_id"],
+        job.best_dir, weights, job.run.model, index["vocab_size"], job.run.sequence_length, index["eos_token_id"]
     )
+    return weights
 
 
 def _is_replaced(name: str, patterns: tuple[str, ...]) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from flows.training.fragments import spread_weights
+
 AVERAGE = "ema"
 _DECAY = "ema_decay"
 
@@ -57,16 +59,4 @@ def _swap(engine: DeepSpeedEngine) -> None:
             held = parameter.detach().clone()
             parameter.data.copy_(state[AVERAGE])
             state[AVERAGE].copy_(held)
-    _refresh_model(engine)
-
-
-def _refresh_model(engine: DeepSpeedEngine) -> None:
-    """Copies the optimizer's float32 weights into the model's, as DeepSpeed does after a step."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage in (1, 2):
-        optimizer.update_lp_params()
-    elif stage == 3:
-        optimizer._partition_all_parameters()
-        for sub_group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-        optimizer._post_step(set())  # gathers the small weights that stay whole on every rank
+    spread_weights(engine)

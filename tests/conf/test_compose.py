@@ -32,7 +32,11 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 def test_every_file_composes(path: Path) -> None:
     group = path.parent.relative_to(CONF_DIR)
     prefix = "+" if group.name == "experiment" else ""
-    needs = {"files": ["data.corpus.paths=[x.txt]"], "huggingface": ["data.corpus.dataset=x"]}
+    needs = {
+        "files": ["data.corpus.paths=[x.txt]"],
+        "chat": ["data.corpus.paths=[x.jsonl]"],
+        "huggingface": ["data.corpus.dataset=x"],
+    }
     needs["lora_finetune"] = ["model.initial_weights=x", *needs["files"]]
     ranks = ["launcher.num_ranks=1"] if group.name == "experiment" else []
     config = compose_config([f"{prefix}{group}={path.stem}", *needs.get(path.stem, []), *ranks])
@@ -59,6 +63,9 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
     ("override", "message"),
     [
         ("train.max_step=3", r"train.max_step is not a setting. Did you mean train.max_steps\?"),
+        ("+data.mixture.x.corpus.pahts=[a]", r"data.mixture.x.corpus.pahts=\['a'\]: Unexpected"),
+        ("+data.mixture.x.wieght=3", "data.mixture.x.wieght=3: Unexpected"),
+        ("+data.mixture.x.weight=0", "data.mixture.x.weight=0 must be greater than 0. Set whole numbers"),
         ("train.optimizer.lr=3", "train.optimizer.lr is not a setting. Settings there: .*learning_rate"),
         ("train.max_steps=many", "train.max_steps: Value 'many' of type 'str' could not be converted to Integer"),
         (
@@ -73,7 +80,7 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
         ("publish.candidate=best", "publish.candidate=best is not a candidate of this run, which makes"),
         ("publish.model_name=a/b", "publish.model_name=a/b must be 1-64 letters"),
         ("verify.lengths=[9999]", r"verify.lengths=\[9999\] must not exceed data.sequence_length=256"),
-        ("data=nope", "data=nope does not exist. Choose one of: files, huggingface, stdlib."),
+        ("data=nope", "data=nope does not exist. Choose one of: chat, files, huggingface, mixture, stdlib."),
         ("+experiment=nope", "experiment=nope does not exist. Choose one of: .*quickstart"),
         ("data=files", "data.corpus.source=files needs at least one path. Set data.corpus.paths"),
         ("name=../x", "name=../x must be usable as a directory name"),
@@ -138,6 +145,7 @@ def test_every_setting_is_read_by_something() -> None:
         "head_dim": ["hidden_size", "attention_head_dim"],
         "gradient_accumulation_steps": ["global_batch_size"],
         "quantized_sources": ["sources"],
+        "weights": ["main_weight"],
     }
     outside |= {name for source, names in derived.items() if source in outside for name in names}
     dead = [reference.name for reference in field_references() if reference.name.rpartition(".")[2] not in outside]
@@ -168,6 +176,15 @@ def test_every_optimizer_has_a_file_of_constants(name: str) -> None:
             ["model.initial_weights=dir"],
             r"model.initial_weights=dir know the tokens .* Set data.tokenizer.directory=dir",
         ),
+        (
+            ["model.architecture=transformers", "model.initial_weights=x"],
+            r"distill.enabled=True cannot be combined with model.architecture=transformers: .* Set distill=none",
+        ),
+        (
+            ["model.architecture=transformers", "model.initial_weights=x", "distill=none", "quantize=none"],
+            r"data.document_masks=True cannot be combined with model.architecture=transformers",
+        ),
+        (["model.architecture=transformers"], "model.architecture=transformers needs a model to start from"),
         (["train.lora.rank=4"], "train.lora.rank=4 needs trained weights to adapt"),
         (["train.lora.rank=4", "train.freeze=[x]"], r"train.freeze=\['x'\] cannot be combined with train.lora.rank=4"),
     ],

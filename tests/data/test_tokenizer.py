@@ -86,7 +86,7 @@ def test_a_tiny_corpus_gives_the_vocabulary_it_can(chain, write_json_lines) -> N
     )
     metrics = made["tokenizer"].metrics
     assert metrics["requested_vocab_size"] == 4096
-    assert 257 < metrics["vocab_size"] < 270
+    assert 259 < metrics["vocab_size"] < 272
 
 
 def test_no_merge_below_the_configured_frequency() -> None:

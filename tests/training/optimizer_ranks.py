@@ -34,7 +34,7 @@ def main(path: Path) -> None:
     from flows.model.checkpoint import load_initial_weights
     from flows.model.decoder import Decoder, initialize
     from flows.training.batches import micro_batches
-    from flows.training.checkpoint import TrainingState, load_newest_checkpoint, save_checkpoint
+    from flows.training.checkpoint import Checkpoints, TrainingState
     from flows.training.engine import build_engine, gather_weights, set_learning_rate, start_process_group
     from flows.training.loop import evaluate, train_step
     from flows.training.objectives import LossModule, cross_entropy
@@ -56,6 +56,10 @@ def main(path: Path) -> None:
         choose_weights(model, run.train, run.seed)
         return build_engine(LossModule(model, cross_entropy), run)
 
+    def checkpoints_of(engine: Any, name: str, run: TrainingRun) -> Checkpoints:
+        directory = cases.output_dir / "checkpoints" / name
+        return Checkpoints(directory, engine, dict(engine.module.model.named_parameters()), run.train)
+
     def losses_of(engine: Any, run: TrainingRun, steps: range) -> list[float]:
         dataset = PackedDataset(cases.tokens_dir, "train", run.sequence_length)
         losses = []
@@ -70,9 +74,10 @@ def main(path: Path) -> None:
         engine = engine_of(run)
         split = cases.resumed_at.get(name, 0)
         result: dict[str, Any] = {"losses": losses_of(engine, run, range(split))}
-        checkpoints = cases.output_dir / "checkpoints" / name
         if split:
-            save_checkpoint(engine, checkpoints, TrainingState(split), keep=1)
+            saved = checkpoints_of(engine, name, run)
+            saved.save(TrainingState(split))
+            saved.wait()
         result["losses"] += losses_of(engine, run, range(split, run.train.max_steps))
         before = gather_weights(engine.module.model)
         validation = PackedDataset(cases.tokens_dir, "validation", run.sequence_length)
@@ -84,7 +89,7 @@ def main(path: Path) -> None:
         result |= count_weights(engine.module)
         if split:
             again = engine_of(run)
-            assert load_newest_checkpoint(again, checkpoints).step == split
+            assert checkpoints_of(again, name, run).load().step == split
             result["resumed"] = losses_of(again, run, range(split, run.train.max_steps))
             with averaged_weights(again, run.train.ema_decay > 0):
                 resumed = gather_weights(again.module.model)

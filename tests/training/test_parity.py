@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,7 @@ from flows.data.packed import PackedDataset, sample_order
 from flows.model.checkpoint import load_decoder
 from flows.model.decoder import Decoder, initialize
 from flows.training.objectives import cross_entropy, distillation
+from flows.training.receipts import RECEIPTS, verify_lines
 from flows.training.schedules import learning_rate
 
 VOCAB_SIZE = 64
@@ -69,13 +71,23 @@ def assert_same_curve(
     assert truth[-1] < truth[0]
 
 
+def assert_stream_is_proven(artifact: Artifact, run: TrainingRun, data: dict[str, Artifact]) -> None:
+    lines = [json.loads(line) for line in (artifact.path / "logs" / RECEIPTS).read_text().splitlines()]
+    dataset = PackedDataset(data["tokens"].path, "train", run.sequence_length)
+    proof = verify_lines(lines, dataset, run, data["tokens"].digest, run.train.max_steps)
+    assert proof.link == artifact.metrics["receipt"]
+    assert artifact.metrics["loss_tokens"] == proof.samples * run.sequence_length
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_two_ranks_give_the_loss_curve_of_one_process(
     zero_stage: int, trained: Trained, losses: Losses, tiny_run: Run, data: dict[str, Artifact]
 ) -> None:
     run = tiny_run(ranks=2, micro_batch_size=2, engine=EngineConfig(zero_stage=zero_stage))  # and accumulates twice
-    assert_same_curve(losses(trained(run)), run, data)
+    artifact = trained(run)
+    assert_same_curve(losses(artifact), run, data)
+    assert_stream_is_proven(artifact, run, data)
 
 
 def test_distillation_runs_on_the_same_loop(
