@@ -103,7 +103,9 @@ def load_transformers_model(directory: Path) -> TransformersModel:
     """
     check_kind(directory)
     from transformers import AutoModelForCausalLM  # seconds of imports
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
