@@ -6,7 +6,7 @@ from flows.config import Config, ConfigError
 from flows.config.checks import require
 from flows.config.engine import Device
 from flows.config.launcher import LauncherKind
-from flows.config.model import Kernels
+from flows.config.model import Architecture, Kernels
 from flows.config.training import TrainingRun
 from flows.data.adopted_tokenizer import check_tokenizer
 from flows.data.sources import check_sources
@@ -33,19 +33,26 @@ def check(config: Config) -> None:
 
 
 def _check_weights(run: TrainingRun) -> None:
+    theirs = run.model.architecture == Architecture.transformers
     if run.model.initial_weights is not None:
         from flows.model.checkpoint import check_initial_weights  # imports torch, which takes seconds
+        from flows.model.transformers_model import check_kind, longest_context
 
         check_initial_weights(run.model, run.model_section)
+        if theirs and (longest := longest_context(check_kind(run.model.initial_weights))):
+            require(
+                run.sequence_length <= longest,
+                "data.sequence_length",
+                run.sequence_length,
+                f"must not exceed the {longest} positions of model.initial_weights={run.model.initial_weights}",
+                f"Set data.sequence_length={longest}.",
+            )
     train = run.train
     if train.trainable or train.freeze or train.lora.enabled:
-        import torch
-
-        from flows.model.decoder import Decoder
+        from flows.model.transformers_model import model_without_weights
         from flows.training.trainable import choose_weights
 
-        with torch.device("meta"):
-            choose_weights(Decoder(run.model, vocab_size=1), train, run.seed)
+        choose_weights(model_without_weights(run.model), train, run.seed)
 
 
 def _check_device(run: TrainingRun) -> None:

@@ -21,6 +21,7 @@ from flows.config.checks import require
 from flows.config.compression import QuantizeConfig
 from flows.model.checkpoint import WEIGHTS
 from flows.model.config_json import CONFIG, read_json
+from flows.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def build(directory: Path, config: QuantizeConfig, parents: Mapping[str, Artifac
     """
     source = parents["model"].path
     model = load_candidate(source)
+    assert isinstance(model, Decoder), "others are refused before the run starts"
     report = quantize_(model, config)
     save_file(unshared_state(model), directory / WEIGHTS, metadata={"format": "pt"})
     quantization = {"quant_method": QUANT_METHOD, "modules": report.quantized}

@@ -16,7 +16,7 @@ from flows.config.data import DataConfig
 from flows.config.engine import EngineConfig
 from flows.config.hardware import PlanConfig
 from flows.config.launcher import LauncherConfig
-from flows.config.model import ModelConfig
+from flows.config.model import Architecture, ModelConfig
 from flows.config.serving import (
     AUTO_CANDIDATE,
     EntryConfig,
@@ -82,6 +82,22 @@ class Config:
             f"is not a candidate of this run, which makes {self.candidates}",
             f"Set publish.candidate={AUTO_CANDIDATE}, or one of them.",
         )
+        if self.model.architecture == Architecture.transformers:
+            for section, setting in {"distill": self.distill.enabled, "quantize": self.quantize.enabled}.items():
+                require(
+                    not setting,
+                    f"{section}.enabled",
+                    setting,
+                    f"cannot be combined with model.architecture={self.model.architecture}: it knows our decoder only",
+                    f"Set {section}=none.",
+                )
+            require(
+                not self.data.document_masks,
+                "data.document_masks",
+                self.data.document_masks,
+                f"cannot be combined with model.architecture={self.model.architecture}: it knows no document ids",
+                "Set data.document_masks=false.",
+            )
         for section, model in {"model": self.model, "distill.student": self.distill.student}.items():
             weights = model.initial_weights
             require(

@@ -17,10 +17,20 @@ class Kernels(StrEnum):
     reference = "reference"
 
 
+class Architecture(StrEnum):
+    """Whose code computes the model."""
+
+    decoder = "decoder"
+    transformers = "transformers"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A Llama-class decoder; the vocabulary comes from the tokenizer."""
 
+    architecture: Architecture = Architecture.decoder
+    """`decoder`: ours; `transformers`: the causal language model in `initial_weights` as that library computes it. Its
+    shape is its own then: the settings of the shape below are not read."""
     hidden_size: int = 256
     intermediate_size: int = 688
     """Width of the SwiGLU feed-forward layer."""
@@ -54,6 +64,13 @@ class ModelConfig:
             ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"],
         )
         require_positive("model", self, ["rope_theta", "rms_norm_eps", "initializer_range"])
+        require(
+            self.architecture == Architecture.decoder or self.initial_weights is not None,
+            "model.architecture",
+            self.architecture,
+            "needs a model to start from, and model.initial_weights is null",
+            "Set model.initial_weights to a Hugging Face directory, or model.architecture=decoder.",
+        )
         pairs = 2 * self.num_attention_heads
         require(
             self.attention_head_dim is not None or self.hidden_size % pairs == 0,

@@ -27,6 +27,7 @@ from flows.compression.int8 import LEVELS, SMALLEST_AMAX
 from flows.export.parity import compare
 from flows.export.runtime import PROGRAM, Program
 from flows.model.decoder import Decoder
+from flows.model.transformers_model import TransformersModel
 
 OPSET = 18
 """Old enough for every inference server since 2023."""
@@ -37,7 +38,7 @@ op: Any = opset18  # its types are those of onnxscript's own language
 class NextTokenScores(nn.Module):
     """Scores of the token after each row's last real one; only that position meets the output projection."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder | TransformersModel) -> None:
         super().__init__()
         self.model = model
 

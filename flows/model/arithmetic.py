@@ -10,8 +10,10 @@ FP32_BYTES = 4
 def parameter_count(config: ModelConfig, vocab_size: int) -> int:
     """Parameters of `flows.model.decoder.Decoder`, a tied output projection counted once."""
     norms = config.hidden_size * (2 * config.num_hidden_layers + 1)
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    inside = (heads if config.qkv_bias else 2 if config.qk_norm else 0) * config.head_dim * config.num_hidden_layers
     embedding = 0 if config.tie_word_embeddings else vocab_size * config.hidden_size
-    return matrix_parameter_count(config, vocab_size) + norms + embedding
+    return matrix_parameter_count(config, vocab_size) + norms + inside + embedding
 
 
 def matrix_parameter_count(config: ModelConfig, vocab_size: int) -> int:
@@ -21,7 +23,7 @@ def matrix_parameter_count(config: ModelConfig, vocab_size: int) -> int:
 
 def layer_matrix_count(config: ModelConfig) -> int:
     """Matrix parameters of one layer."""
-    attention = 2 * config.hidden_size * (config.hidden_size + config.num_key_value_heads * config.head_dim)
+    attention = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
     return attention + 3 * config.hidden_size * config.intermediate_size
 
 
@@ -31,7 +33,7 @@ def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_lengt
     2 for each matrix parameter (arXiv:2001.08361), and 4 x layers x length x width for attention, counted in full
     although causal kernels skip half of it: the usual definition of model FLOPs (PaLM, arXiv:2204.02311, appendix B).
     """
-    attention = 4 * config.num_hidden_layers * sequence_length * config.hidden_size
+    attention = 4 * config.num_hidden_layers * sequence_length * config.num_attention_heads * config.head_dim
     return 2.0 * matrix_parameter_count(config, vocab_size) + attention
 
 
@@ -46,8 +48,8 @@ def layer_activation_bytes(config: ModelConfig, width_bytes: int, fused_norms: b
         width_bytes: Of one activation.
         fused_norms: The norm kernel keeps its input and one float32 per token; plain torch keeps two float32 copies.
     """
-    kv_width = config.num_key_value_heads * config.head_dim
-    attention = width_bytes * (2 * config.hidden_size + 2 * kv_width) + FP32_BYTES * config.num_attention_heads
+    widths = 2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    attention = width_bytes * widths + FP32_BYTES * config.num_attention_heads
     feed_forward = 4 * width_bytes * config.intermediate_size
     return attention + feed_forward + 2 * norm_activation_bytes(config, width_bytes, fused_norms)
 

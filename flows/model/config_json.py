@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flows.config import ConfigError, RunError
-from flows.config.model import ModelConfig
+from flows.config.model import Architecture, ModelConfig
 
 CONFIG = "config.json"
 _ASSUMED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
 """What our decoder computes where Hugging Face's leaves a choice; also what a missing key means."""
 _ASSUMED_OF_QWEN = {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False}
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+_FEED_FORWARD_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
+_GATED = ("gemma", "olmo2", "phi3", "smollm3")
+"""Kinds of transformers' models whose feed-forward layer has three matrices."""
 
 
 class CheckpointError(RunError):
@@ -106,6 +112,42 @@ def read_config(directory: Path) -> tuple[ModelConfig, int]:
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path} describes no decoder of ours: {error}") from error
     return config, vocab_size
+
+
+def counted_shape(config: ModelConfig) -> ModelConfig:
+    """The decoder of ours that plans count in place of a model: itself, or one as large as transformers' model.
+
+    Biases and learned positions are left out: below a hundredth at the sizes that plans are made for.
+
+    Raises:
+        CheckpointError: config.json is missing or has no such shape.
+    """
+    if config.architecture == Architecture.decoder:
+        return config
+    assert config.initial_weights is not None
+    path, found = config.initial_weights / CONFIG, read_json(config.initial_weights)
+
+    def number(*names: str) -> int:
+        for name in names:
+            if found.get(name):
+                return int(found[name])
+        raise CheckpointError(f"{path} has none of {', '.join(names)}. Copy the model again.")
+
+    hidden, heads = number("hidden_size", "n_embd"), number("num_attention_heads", "n_head")
+    four_times = {**found, "default": 4 * hidden}
+    inner = next(int(four_times[name]) for name in (*_FEED_FORWARD_WIDTHS, "default") if four_times.get(name))
+    gated = found.get("model_type") in _GATED
+    return replace(
+        config,
+        architecture=Architecture.decoder,
+        hidden_size=hidden,
+        intermediate_size=inner if gated else round(inner * 2 / 3),  # two matrices, where ours has three
+        num_hidden_layers=number("num_hidden_layers", "n_layer"),
+        num_attention_heads=heads,
+        num_key_value_heads=int(found.get("num_key_value_heads") or heads),
+        attention_head_dim=int(found["head_dim"]) if found.get("head_dim") else None,
+        tie_word_embeddings=bool(found.get("tie_word_embeddings", True)),
+    )
 
 
 def _own_head_dim(found: dict[str, Any]) -> int | None:

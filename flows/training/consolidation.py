@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flows.config import RunError
 from flows.model.checkpoint import load_decoder
+from flows.model.transformers_model import TransformersModel, load_transformers_model, named_weights_module
 from flows.training.engine import gather_weights
 from flows.training.fragments import own_fragments
 
@@ -29,7 +30,7 @@ class ConsolidationError(RunError):
 
 
 def consolidate(engine: DeepSpeedEngine, directory: Path, save: Save) -> None:
-    """Has the weights written as they are trained now, and compares what `load_decoder` reads back; all ranks call it.
+    """Has the weights written as they are trained now, and compares what is read back; all ranks call it.
 
     Digests come from each rank's part of the float32 weights, so that they see neither the gathering nor the writing
     that they check.
@@ -42,8 +43,9 @@ def consolidate(engine: DeepSpeedEngine, directory: Path, save: Save) -> None:
     Raises:
         ConsolidationError: A tensor that is gathered or read back is not the one that was trained.
     """
-    trained = sharded_digests(engine, dict(engine.module.model.named_parameters()))
-    weights = gather_weights(engine.module.model)
+    model = named_weights_module(engine.module.model)
+    trained = sharded_digests(engine, dict(model.named_parameters()))
+    weights = gather_weights(model)
     if dist.get_rank() != 0:
         return
     _compare(trained, weights, "gathered from the ranks")
@@ -58,9 +60,12 @@ def consolidate(engine: DeepSpeedEngine, directory: Path, save: Save) -> None:
             f"{free / 1e6:.1f} MB are free there. Checkpoints are intact: make room and run the same command again. It "
             f"goes on from the newest."
         ) from error
-    loaded = load_decoder(directory)
+    theirs = isinstance(engine.module.model, TransformersModel)
+    loaded = load_transformers_model(directory) if theirs else load_decoder(directory)
     saved = {name: digest(weight.detach().flatten(), 0) for name, weight in written.items()}
-    _compare(saved, dict(loaded.named_parameters()), f"read back from {directory}")
+    _compare(saved, dict(named_weights_module(loaded).named_parameters()), f"read back from {directory}")
+    if isinstance(loaded, TransformersModel):
+        return
     if loaded.config.tie_word_embeddings and loaded.lm_head.weight is not loaded.model.embed_tokens.weight:
         raise ConsolidationError(f"{directory}: the tied head is read back as a tensor of its own.")
 

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
 
 from flows.artifact import write_json_atomically
 from flows.config import RunError, flat_settings
@@ -19,8 +20,9 @@ from flows.config.training import Objective, TrainConfig, TrainingRun
 from flows.data.mixture import epochs, open_split
 from flows.data.packed import Sequences
 from flows.launcher import Heartbeat
-from flows.model.checkpoint import load_decoder, load_initial_weights
+from flows.model.checkpoint import load_decoder, load_initial_model
 from flows.model.decoder import Decoder, initialize
+from flows.model.transformers_model import named_weights_module
 from flows.training.batches import Batch, micro_batches, to_batch
 from flows.training.checkpoint import Checkpoints, TrainingState
 from flows.training.consolidation import consolidate
@@ -73,8 +75,7 @@ def train(job: TrainingJob) -> None:
         rate = learning_rate(run.train, state.step)
         set_learning_rate(engine, rate)
         set_ema_decay(engine, ema_decay(run.train, state.step))
-        if run.train.lora.dropout:
-            torch.manual_seed(hash((run.seed, state.step, dist.get_rank())))  # resumed runs drop what others would
+        torch.manual_seed(hash((run.seed, state.step, dist.get_rank())))  # a resumed run drops what others would
         with checkpoints.finished_on_error(), meter.step(), profile.step(state.step):
             with meter.loading():
                 batches = micro_batches(dataset, run, state.step, engine.device)
@@ -191,16 +192,17 @@ def _evaluate_and_keep_best(
     state.evals_without_improvement += 1
     if loss < state.best_loss:
         state.best_loss, state.evals_without_improvement = loss, 0
-        consolidate(engine, job.best_dir, partial(save_trained, job, index))
+        consolidate(engine, job.best_dir, partial(save_trained, job, engine.module.model, index))
 
 
-def _initial_model(run: TrainingRun, vocab_size: int) -> Decoder:
-    model = Decoder(run.model, vocab_size)
+def _initial_model(run: TrainingRun, vocab_size: int) -> nn.Module:
+    model: nn.Module
     if run.model.initial_weights is None:
+        model = Decoder(run.model, vocab_size)
         initialize(model, run.seed)
     else:
-        load_initial_weights(model, run.model.initial_weights, run.model_section)
-    choose_weights(model, run.train, run.seed)
+        model = load_initial_model(run.model, vocab_size, run.model_section)
+    choose_weights(named_weights_module(model), run.train, run.seed)
     return model
 
 

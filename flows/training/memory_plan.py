@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flows.config.engine import Precision
@@ -11,6 +11,7 @@ from flows.config.model import Kernels, ModelConfig
 from flows.config.optimizer import Optimizer
 from flows.config.training import Objective, TrainingRun
 from flows.model import arithmetic
+from flows.model.config_json import counted_shape
 from flows.training.deepspeed_config import deepspeed_config
 
 FP32_BYTES, BF16_BYTES = 4, 2
@@ -18,8 +19,15 @@ BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default for `reduce_bucket_size`."""
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default for `stage3_max_live_parameters`: whole weights that ZeRO-3 keeps gathered at once."""
-OPTIMIZER_STATES = {Optimizer.adamw: 2, Optimizer.adam: 2, Optimizer.sgd: 1, Optimizer.rmsprop: 2}
-"""Float32 numbers that each rule keeps for a parameter, momentum included."""
+OPTIMIZER_STATES = {
+    Optimizer.adamw: 2,
+    Optimizer.adam: 2,
+    Optimizer.sgd: 1,
+    Optimizer.rmsprop: 2,
+    Optimizer.lion: 1,
+    Optimizer.muon: 1,
+}
+"""Float32 numbers that each rule keeps for a parameter, momentum included; Muon's AdamW for embeddings has one more."""
 CPU_RUNTIME_BYTES = 600_000_000
 """Resident memory of a rank whose model is next to nothing: Python, torch, DeepSpeed and what they load on first use;
 602 MB measured with the libraries pinned in pyproject.toml."""
@@ -96,22 +104,24 @@ def plan_memory(run: TrainingRun, vocab_size: int, is_gpu: bool, teacher: ModelC
         is_gpu: Whether the rank computes on a GPU, whose memory is then meant.
         teacher: The frozen model of a distillation.
     """
+    run = replace(run, model=counted_shape(run.model))
     layout = layout_of(run)
     width = FP32_BYTES if run.engine.precision == Precision.fp32 else BF16_BYTES
     parameters = _local_parameters(run.model, vocab_size, layout)
-    resting = _resting_states(run, layout, parameters, width, is_gpu)
+    trained = _trained_parameters(run, vocab_size, layout)
+    resting = _resting_states(run, layout, parameters, trained, width, is_gpu)
     if teacher is not None:
         resting["teacher"] = FP32_BYTES * arithmetic.parameter_count(teacher, vocab_size)
     backward = resting | {
-        "gradients": _gradient_bytes(layout, parameters, width),
-        "communication buckets": _bucket_bytes(layout, parameters, width, is_gpu),
+        "gradients": _gradient_bytes(layout, trained, width),
+        "communication buckets": _bucket_bytes(layout, trained, width, is_gpu),
         "activations": _activation_bytes(run, layout, width, is_gpu),
         "logits and loss": _loss_bytes(run, vocab_size, layout),
     }
     step = resting | {
-        "gradients": _gradient_bytes(layout, parameters, width)
-        + (FP32_BYTES * parameters / layout.dp if layout.zero_stage else 0),
-        "communication buckets": _bucket_bytes(layout, parameters, width, is_gpu),
+        "gradients": _gradient_bytes(layout, trained, width)
+        + (FP32_BYTES * trained / layout.dp if layout.zero_stage else 0),
+        "communication buckets": _bucket_bytes(layout, trained, width, is_gpu),
     }
     phase, components = max((("backward", backward), ("optimizer step", step)), key=lambda one: sum(one[1].values()))
     held = sum(components.values())
@@ -125,9 +135,24 @@ def plan_memory(run: TrainingRun, vocab_size: int, is_gpu: bool, teacher: ModelC
 def update_bytes(run: TrainingRun, vocab_size: int) -> float:
     """Bytes that a rank's optimizer update reads and writes: gradients once, weights and state back and forth."""
     layout = layout_of(run)
-    states = 1 + OPTIMIZER_STATES[run.train.optimizer.name]
+    states = 1 + _states_per_parameter(run)
     share = layout.dp if layout.zero_stage >= 1 else 1
-    return FP32_BYTES * (1 + 2 * states) * _local_parameters(run.model, vocab_size, layout) / share
+    return FP32_BYTES * (1 + 2 * states) * _trained_parameters(run, vocab_size, layout) / share
+
+
+def _states_per_parameter(run: TrainingRun) -> int:
+    """Float32 numbers beside a trained parameter, its average included."""
+    return OPTIMIZER_STATES[run.train.optimizer.name] + (1 if run.train.ema_decay else 0)
+
+
+def _trained_parameters(run: TrainingRun, vocab_size: int, layout: Layout) -> float:
+    """Parameters that have gradients: all local ones, or adapters, counted as if every linear layer had one."""
+    model, rank = counted_shape(run.model), run.train.lora.rank
+    if not rank:
+        return _local_parameters(model, vocab_size, layout)
+    heads = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
+    ends = heads + 4 * model.hidden_size + 3 * (model.hidden_size + model.intermediate_size)
+    return rank * ends * model.num_hidden_layers / layout.pipeline_stages
 
 
 def _local_parameters(model: ModelConfig, vocab_size: int, layout: Layout) -> float:
@@ -138,15 +163,17 @@ def _local_parameters(model: ModelConfig, vocab_size: int, layout: Layout) -> fl
     return (layers + outside) / layout.tensor_parallel
 
 
-def _resting_states(run: TrainingRun, layout: Layout, parameters: float, width: int, is_gpu: bool) -> dict[str, float]:
+def _resting_states(
+    run: TrainingRun, layout: Layout, parameters: float, trained: float, width: int, is_gpu: bool
+) -> dict[str, float]:
     """What a rank holds all the time: weights, fp32 masters, optimizer state."""
     share = layout.dp if layout.zero_stage >= 1 else 1
     weights = width * parameters
     if layout.zero_stage == 3:
         own = 0.0 if layout.parameters_offloaded and is_gpu else weights / layout.dp
         weights = own + width * min(parameters, layout.max_live_parameters)
-    states = OPTIMIZER_STATES[run.train.optimizer.name] * FP32_BYTES * parameters / share
-    masters = FP32_BYTES * parameters / share if layout.zero_stage >= 1 else 0.0
+    states = _states_per_parameter(run) * FP32_BYTES * trained / share
+    masters = FP32_BYTES * trained / share if layout.zero_stage >= 1 else 0.0
     if layout.optimizer_offloaded and is_gpu:
         states = masters = 0.0
     return {"weights": weights, "fp32 masters": masters, "optimizer states": states}

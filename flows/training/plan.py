@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from flows.config.hardware import PlanConfig
 from flows.config.model import ModelConfig
 from flows.config.training import Objective, TrainingRun
 from flows.model import arithmetic
-from flows.model.config_json import read_config
+from flows.model.config_json import counted_shape, read_config
 from flows.training.hardware import GIB, Hardware
 from flows.training.memory_plan import MemoryPlan, layout_of, plan_memory, update_bytes
 
@@ -92,6 +92,7 @@ def make_plan(
     """
     if (run.objective == Objective.distillation) != (teacher is not None):
         raise AssertionError("a distillation has a teacher, and nothing else has")
+    run = replace(run, model=counted_shape(run.model))
     ranks = run.launcher.num_ranks
     devices = ranks if hardware.is_gpu else 1
     peak = hardware.peak_flops(run.engine.precision) * devices
@@ -124,7 +125,7 @@ def make_plan(
 
 def flops_per_token(run: TrainingRun, vocab_size: int, teacher: ModelConfig | None) -> float:
     """Model FLOPs of one trained token: forward, twice that on the way back, and forward through a teacher."""
-    forward = arithmetic.forward_flops_per_token(run.model, vocab_size, run.sequence_length)
+    forward = arithmetic.forward_flops_per_token(counted_shape(run.model), vocab_size, run.sequence_length)
     if teacher is None:
         return 3 * forward
     return 3 * forward + arithmetic.forward_flops_per_token(teacher, vocab_size, run.sequence_length)

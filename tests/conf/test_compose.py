@@ -185,6 +185,15 @@ def test_every_optimizer_has_a_file_of_constants(name: str) -> None:
             ["model.initial_weights=dir"],
             r"model.initial_weights=dir know the tokens .* Set data.tokenizer.directory=dir",
         ),
+        (
+            ["model.architecture=transformers", "model.initial_weights=x"],
+            r"distill.enabled=True cannot be combined with model.architecture=transformers: .* Set distill=none",
+        ),
+        (
+            ["model.architecture=transformers", "model.initial_weights=x", "distill=none", "quantize=none"],
+            r"data.document_masks=True cannot be combined with model.architecture=transformers",
+        ),
+        (["model.architecture=transformers"], "model.architecture=transformers needs a model to start from"),
         (["train.lora.rank=4"], "train.lora.rank=4 needs trained weights to adapt"),
         (["train.lora.rank=4", "train.freeze=[x]"], r"train.freeze=\['x'\] cannot be combined with train.lora.rank=4"),
     ],

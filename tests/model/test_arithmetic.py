@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,13 @@ def test_parameters_are_those_of_the_model(path: Path, tied: bool) -> None:
     with torch.device("meta"):
         model = Decoder(config, 4096)
     assert arithmetic.parameter_count(config, 4096) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [{"qkv_bias": True}, {"qk_norm": True, "attention_head_dim": 48}])
+def test_parameters_of_other_kinds_are_those_of_the_model(kind: dict[str, Any]) -> None:
+    config = replace(SHAPE, **kind)
+    model = Decoder(config, VOCAB_SIZE)
+    assert arithmetic.parameter_count(config, VOCAB_SIZE) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_flops_are_those_that_torch_counts() -> None:

@@ -10,14 +10,18 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from flows.artifact import Artifact
+from flows.compression.candidate import count_parameters, load_candidate
 from flows.config import ConfigError
+from flows.config.engine import EngineConfig
 from flows.config.lora import LoraConfig
-from flows.config.model import ModelConfig
+from flows.config.model import Architecture, ModelConfig
 from flows.config.training import TrainConfig, TrainingRun
+from flows.model import arithmetic
 from flows.model.checkpoint import load_decoder
+from flows.model.config_json import counted_shape
 from flows.model.decoder import Decoder
 from flows.training.lora import ADAPTER_DIR, add_adapters, merged
 from flows.training.trainable import choose_weights
@@ -74,6 +78,28 @@ def test_adapters_merged_are_what_transformers_and_peft_compute(
     )
     assert artifact.metrics["trainable_parameters"] == adapter
     assert artifact.metrics["parameters"] == sum(value.numel() for value in start.values())
+
+
+@torch.no_grad()
+def test_a_model_of_the_library_is_trained_as_it_is(trained: Trained, tiny_run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=16))
+    start.save_pretrained(tmp_path / "gpt2")
+    run = tiny_run(max_steps=8, freeze=("transformer.wpe.weight",), warmup_steps=0, engine=EngineConfig(zero_stage=3))
+    model = ModelConfig(architecture=Architecture.transformers, initial_weights=tmp_path / "gpt2")
+    artifact = trained(replace(run, model=model))
+    losses = [event["train_loss"] for event in artifact.metrics["curve"] if "train_loss" in event]
+    assert losses[-1] < losses[0]
+    tokens = torch.randint(0, VOCAB_SIZE, (3, 11), generator=torch.Generator().manual_seed(1))
+    theirs = GPT2LMHeadModel.from_pretrained(artifact.path).eval()
+    ours = load_candidate(artifact.path)
+    expected = theirs(tokens).logits
+    assert (ours(tokens) - expected).abs().max() <= NOISE * expected.abs().max()
+    assert count_parameters(ours) == artifact.metrics["parameters"] == start.num_parameters()
+    kept = {n for n, p in theirs.named_parameters() if torch.equal(p, start.get_parameter(n))}
+    assert kept == {"transformer.wpe.weight"}
+    counted = arithmetic.parameter_count(counted_shape(model), VOCAB_SIZE)
+    assert counted == pytest.approx(start.num_parameters(), rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
