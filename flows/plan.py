@@ -5,7 +5,7 @@
     python -m flows.plan +experiment=quickstart plan.hardware=l4 plan.price_per_device_hour=0.8
 
 One table for each model that is trained. Peaks of GPUs are those of their data sheets, this machine's processor is
-measured for a tenth of a second. The report of a run compares its plan with what was measured.
+measured for half a second. The report of a run compares its plan with what was measured.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ GB, GIB, TERA = 10**9, 2**30, 10**12
 MATMUL_SIZE = 1024
 COPY_BYTES = 64 * 2**20
 """More than a processor's caches hold."""
-REPEATS = 5
+REPEATS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,8 @@ TABLE = {
     ),
 }
 """Devices by the name of the setting; `name` is what the driver calls them."""
-CPU_TYPICAL_MFU = 0.5
-"""Of the peak that numpy's matrix product reaches: assumed, near what the quickstart's models do."""
+CPU_TYPICAL_MFU = 0.6
+"""Of the peak that numpy's matrix product reaches: measured, the quickstart's base model on two quiet cores."""
 
 
 def find_hardware(name: HardwareName, device: Device) -> Hardware:
@@ -145,7 +145,7 @@ def _first_gpu_name() -> str | None:
 
 def measure_processor() -> Hardware:
     """This machine's processor: all its cores' fp32 matrix product, and one core's copy, measured now in
-    about 0.2 s; the memory it may use.
+    about 0.4 s; the memory it may use.
 
     bf16 is planned at the same peak, which is too little on processors with matrix units for it.
     """

@@ -8,26 +8,17 @@ from typing import Any
 
 from flows.config.engine import Precision
 from flows.config.model import Kernels, ModelConfig
-from flows.config.optimizer import Optimizer
 from flows.config.training import Objective, TrainingRun
 from flows.model import arithmetic
 from flows.model.config_json import counted_shape
 from flows.training.deepspeed_config import deepspeed_config
+from flows.training.trained_weights import TrainedWeights, trained_weights
 
 FP32_BYTES, BF16_BYTES = 4, 2
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default for `reduce_bucket_size`."""
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default for `stage3_max_live_parameters`: whole weights that ZeRO-3 keeps gathered at once."""
-OPTIMIZER_STATES = {
-    Optimizer.adamw: 2,
-    Optimizer.adam: 2,
-    Optimizer.sgd: 1,
-    Optimizer.rmsprop: 2,
-    Optimizer.lion: 1,
-    Optimizer.muon: 1,
-}
-"""Float32 numbers that each rule keeps for a parameter, momentum included; Muon's AdamW for embeddings has one more."""
 CPU_RUNTIME_BYTES = 600_000_000
 """Resident memory of a rank whose model is next to nothing: Python, torch, DeepSpeed and what they load on first use;
 602 MB measured with the libraries pinned in pyproject.toml."""
@@ -107,9 +98,10 @@ def plan_memory(run: TrainingRun, vocab_size: int, is_gpu: bool, teacher: ModelC
     run = replace(run, model=counted_shape(run.model))
     layout = layout_of(run)
     width = FP32_BYTES if run.engine.precision == Precision.fp32 else BF16_BYTES
-    parameters = _local_parameters(run.model, vocab_size, layout)
-    trained = _trained_parameters(run, vocab_size, layout)
-    resting = _resting_states(run, layout, parameters, trained, width, is_gpu)
+    held_here = _local_share(run.model, vocab_size, layout)
+    counts = trained_weights(run, vocab_size)
+    trained = held_here * counts.trained
+    resting = _resting_states(counts, layout, held_here, width, is_gpu)
     if teacher is not None:
         resting["teacher"] = FP32_BYTES * arithmetic.parameter_count(teacher, vocab_size)
     backward = resting | {
@@ -135,45 +127,30 @@ def plan_memory(run: TrainingRun, vocab_size: int, is_gpu: bool, teacher: ModelC
 def update_bytes(run: TrainingRun, vocab_size: int) -> float:
     """Bytes that a rank's optimizer update reads and writes: gradients once, weights and state back and forth."""
     layout = layout_of(run)
-    states = 1 + _states_per_parameter(run)
+    counts = trained_weights(run, vocab_size)
     share = layout.dp if layout.zero_stage >= 1 else 1
-    return FP32_BYTES * (1 + 2 * states) * _trained_parameters(run, vocab_size, layout) / share
+    numbers = counts.trained + 2 * (counts.trained + counts.optimizer_states)
+    return FP32_BYTES * numbers * _local_share(counted_shape(run.model), vocab_size, layout) / share
 
 
-def _states_per_parameter(run: TrainingRun) -> int:
-    """Float32 numbers beside a trained parameter, its average included."""
-    return OPTIMIZER_STATES[run.train.optimizer.name] + (1 if run.train.ema_decay else 0)
-
-
-def _trained_parameters(run: TrainingRun, vocab_size: int, layout: Layout) -> float:
-    """Parameters that have gradients: all local ones, or adapters, counted as if every linear layer had one."""
-    model, rank = counted_shape(run.model), run.train.lora.rank
-    if not rank:
-        return _local_parameters(model, vocab_size, layout)
-    heads = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
-    ends = heads + 4 * model.hidden_size + 3 * (model.hidden_size + model.intermediate_size)
-    return rank * ends * model.num_hidden_layers / layout.pipeline_stages
-
-
-def _local_parameters(model: ModelConfig, vocab_size: int, layout: Layout) -> float:
-    """Parameters of the pipeline stage that holds most, its share under tensor parallelism."""
-    layers = model.num_hidden_layers * arithmetic.layer_matrix_count(model) / layout.pipeline_stages
+def _local_share(model: ModelConfig, vocab_size: int, layout: Layout) -> float:
+    """Share of all parameters that the pipeline stage with most of them holds, cut by tensor parallelism."""
     total = arithmetic.parameter_count(model, vocab_size)
-    outside = total - model.num_hidden_layers * arithmetic.layer_matrix_count(model)
-    return (layers + outside) / layout.tensor_parallel
+    in_layers = model.num_hidden_layers * arithmetic.layer_matrix_count(model)
+    return (in_layers / layout.pipeline_stages + total - in_layers) / total / layout.tensor_parallel
 
 
 def _resting_states(
-    run: TrainingRun, layout: Layout, parameters: float, trained: float, width: int, is_gpu: bool
+    counts: TrainedWeights, layout: Layout, held_here: float, width: int, is_gpu: bool
 ) -> dict[str, float]:
     """What a rank holds all the time: weights, fp32 masters, optimizer state."""
     share = layout.dp if layout.zero_stage >= 1 else 1
-    weights = width * parameters
+    weights = width * held_here * counts.all
     if layout.zero_stage == 3:
         own = 0.0 if layout.parameters_offloaded and is_gpu else weights / layout.dp
-        weights = own + width * min(parameters, layout.max_live_parameters)
-    states = _states_per_parameter(run) * FP32_BYTES * trained / share
-    masters = FP32_BYTES * trained / share if layout.zero_stage >= 1 else 0.0
+        weights = own + min(weights, width * layout.max_live_parameters)
+    states = FP32_BYTES * held_here * counts.optimizer_states / share
+    masters = FP32_BYTES * held_here * counts.trained / share if layout.zero_stage >= 1 else 0.0
     if layout.optimizer_offloaded and is_gpu:
         states = masters = 0.0
     return {"weights": weights, "fp32 masters": masters, "optimizer states": states}
@@ -204,8 +181,9 @@ def _activation_bytes(run: TrainingRun, layout: Layout, width: int, is_gpu: bool
 
 
 def _loss_bytes(run: TrainingRun, vocab_size: int, layout: Layout) -> float:
-    """Log-probabilities, their gradient and that of the scores; a distillation keeps as much again."""
+    """Log-probabilities, their gradient and that of the scores; a distillation keeps both models' softened
+    log-probabilities besides, and the gradients that meet at the scores."""
     tokens = run.train.micro_batch_size * run.sequence_length / layout.sequence_parallel
-    arrays = 6 if run.objective == Objective.distillation else 3
+    arrays = 7 if run.objective == Objective.distillation else 3
     narrow = 0 if run.engine.precision == Precision.fp32 else BF16_BYTES
     return (arrays * FP32_BYTES + narrow) * tokens * vocab_size

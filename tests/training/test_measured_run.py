@@ -123,12 +123,13 @@ def test_too_little_memory_ends_with_the_plan_and_two_settings(
         directory=tmp_path / "base-0.partial",
         tokens_dir=larger["tokens"].path,
         tokenizer_dir=larger["tokenizer"].path,
+        tokens_digest=larger["tokens"].digest,
     )
     job.log_dir.mkdir(parents=True)
     (job.log_dir / "run.json").write_text(to_json(job))
     limit = 6 * 2**30  # of addresses; the scores alone take 4
     done = subprocess.run(
-        [sys.executable, "-m", "flows.training", str(job.log_dir / "run.json")],
+        [sys.executable, "-u", "-m", "flows.training", str(job.log_dir / "run.json")],  # by hand, not a forked rank
         cwd=CONF_DIR.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
