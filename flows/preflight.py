@@ -8,6 +8,7 @@ from flows.config.engine import Device
 from flows.config.model import Kernels
 from flows.config.training import TrainingRun
 from flows.data.sources import check_sources
+from flows.data.tokenizer import check_tokenizer
 from flows.serving.installation import check_server_available
 from flows.training.deepspeed_config import deepspeed_config
 
@@ -16,6 +17,7 @@ def check(config: Config) -> None:
     """Raises `ConfigError` for missing files, hardware and software that this run would need."""
     for corpus in config.data.corpora.values():
         check_sources(corpus)
+    check_tokenizer(config.data.tokenizer)
     runs = [config.base_run()] + ([config.student_run()] if config.distill.enabled else [])
     for run in runs:
         deepspeed_config(run)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import gcd
+from pathlib import Path
 
 from pydantic import ConfigDict
 
@@ -152,8 +153,11 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Byte-level BPE tokenizer, trained on the train split."""
+    """Byte-level BPE tokenizer, trained on the train split; or one that exists."""
 
+    path: Path | None = None
+    """Model directory (tokenizer.json, tokenizer_config.json or config.json) whose tokenizer is used as it is: set it
+    together with `model.initial_weights`. null = one is trained, as the settings below say."""
     vocab_size: int = 4096
     """Number of tokens, the 3 special tokens and the 256 bytes included."""
     min_frequency: int = 2

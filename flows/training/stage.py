@@ -14,6 +14,7 @@ from tqdm import tqdm
 from flows.artifact import Artifact, digest_file, digest_json
 from flows.config import to_json
 from flows.config.training import TrainingRun
+from flows.data.tokenizer import copy_tokenizer
 from flows.launcher import launch_ranks
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import METRICS, read_metrics
@@ -63,9 +64,7 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
         launch_ranks(RUNS.removesuffix(".__main__"), run_path, config.launcher, job.log_dir, _progress(job, bar))
     for path in job.best_dir.iterdir():
         path.replace(directory / path.name)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (job.tokenizer_dir / name).exists():
-            shutil.copy(job.tokenizer_dir / name, directory)
+    copy_tokenizer(job.tokenizer_dir, directory)
     shutil.rmtree(job.checkpoint_dir)
     for heartbeat in job.log_dir.glob("*.heartbeat"):
         heartbeat.unlink()

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from flows.artifact import Artifact, digest_file
+from flows.config import ConfigError
 from flows.config.data import CorpusConfig, Source, TokenizerConfig
-from flows.data.tokenizer import END_OF_TEXT, load_tokenizer, spread_sample, trained_tokenizer
+from flows.data.packed import map_shards
+from flows.data.tokenizer import END_OF_TEXT, end_of_text, fingerprint, load_tokenizer, spread_sample, trained_tokenizer
 
 BUILD = """
 import sys
@@ -103,3 +107,40 @@ def test_a_sample_is_spread_evenly() -> None:
     quarters = np.bincount(numbers // 250, minlength=4)
     assert sum(map(len, sample)) > 39_000
     assert quarters.max() - quarters.min() <= 1
+
+
+def test_an_existing_tokenizer_is_used_as_it_is(chain, write_json_lines, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """SentencePiece's spelling, an end-of-text token in the middle, embeddings padded beyond the vocabulary."""
+    model = tmp_path / "model"
+    model.mkdir()
+    spellings = ["<unk>", "a", "\u2581a", "</s>", "\u2581", "b", "<0x0A>", "\u00e9"]
+    existing = Tokenizer(
+        models.BPE({spelling: index for index, spelling in enumerate(spellings)}, [("\u2581", "a")], byte_fallback=True)
+    )
+    existing.pre_tokenizer = pre_tokenizers.Metaspace()
+    existing.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    existing.add_special_tokens(["<unk>", "</s>"])
+    existing.save(str(model / "tokenizer.json"))
+    (model / "config.json").write_text(json.dumps({"vocab_size": 64, "eos_token_id": [3]}))
+    corpus = CorpusConfig(
+        source=Source.files,
+        paths=(str(write_json_lines([{"text": "a b"}, {"text": "a\n\u00e9"}])),),
+        validation_fraction=0,
+        test_fraction=0,
+    )
+    made = chain(corpus, TokenizerConfig(path=model))
+    lengths = np.load(made["tokenizer"].path / "token_bytes.npy")
+    assert lengths[:8].tolist() == [0, 1, 2, 0, 1, 1, 1, 2]
+    assert len(lengths) == made["tokenizer"].metrics["vocab_size"] == 64
+    index = json.loads((made["tokens"].path / "index.json").read_text())
+    assert (index["vocab_size"], index["eos_token_id"]) == (64, 3)
+    (stream,) = map_shards(made["tokens"].path, "train")
+    assert sorted(stream[stream == 3].tolist()) == [3, 3]
+    assert end_of_text(made["tokenizer"].path) == "</s>"
+    before = fingerprint(TokenizerConfig(path=model))
+    (model / "config.json").write_text(json.dumps({"vocab_size": 64}))
+    assert fingerprint(TokenizerConfig(path=model)) != before
+    with pytest.raises(ConfigError, match=r"names no end-of-text token that its tokenizer has: eos_token=None"):
+        chain(corpus, TokenizerConfig(path=model))
+    with pytest.raises(ConfigError, match=r"data.tokenizer.path=.*nowhere has no tokenizer.json"):
+        chain(corpus, TokenizerConfig(path=tmp_path / "nowhere"))
