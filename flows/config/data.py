@@ -153,11 +153,11 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Byte-level BPE tokenizer, trained on the train split; or one that exists."""
+    """Byte-level BPE tokenizer, trained on the train split, or that of a model to be tuned."""
 
-    path: Path | None = None
-    """Model directory (tokenizer.json, tokenizer_config.json or config.json) whose tokenizer is used as it is: set it
-    together with `model.initial_weights`. null = one is trained, as the settings below say."""
+    directory: Path | None = None
+    """Hugging Face directory whose byte-level tokenizer.json is taken as it is, with config.json's vocab_size and
+    eos_token_id; null = a tokenizer is trained. What `model.initial_weights` need: ${model.initial_weights}."""
     vocab_size: int = 4096
     """Number of tokens, the 3 special tokens and the 256 bytes included."""
     min_frequency: int = 2

@@ -145,7 +145,7 @@ def special_token(tokenizer: Tokenizer, token: str) -> int:
         "data.corpus.format",
         "messages",
         f"needs the token {token}, which the tokenizer does not have",
-        "Leave data.tokenizer.path null, or name a tokenizer with ChatML's tokens, such as Qwen's.",
+        "Leave data.tokenizer.directory unset, or name a tokenizer with ChatML's tokens.",
     )
     assert index is not None
     return index

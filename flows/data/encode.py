@@ -26,11 +26,11 @@ from flows.config.checks import require
 from flows.config.data import MAIN, EncodeConfig, corpus_name, corpus_role
 from flows.data.conversations import encode_conversations
 from flows.data.splits import SPLITS, holds_conversations, read_stored
-from flows.data.tokenizer import END_OF_TEXT_ID, end_of_text_id, load_tokenizer, vocabulary_size
+from flows.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 
 INDEX = "index.json"
-EncodeBatch = Callable[[Tokenizer, list[str], int, np.dtype[Any]], "EncodedBatch"]
-"""(tokenizer, texts, their bytes, dtype of the ids) -> the encoded texts."""
+EncodeBatch = Callable[[Tokenizer, list[str], int, np.dtype[Any], int], "EncodedBatch"]
+"""(tokenizer, texts, their bytes, dtype of the ids, id that closes a text) -> the encoded texts."""
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
@@ -91,13 +91,10 @@ def _encode_corpus(
     directory: Path, config: EncodeConfig, corpus_path: Path, tokenizer_dir: Path, progress: tqdm[Any]
 ) -> dict[str, dict[str, int]]:
     """Writes one corpus; what its index says about each split, but for the shards."""
-    vocab_size = vocabulary_size(tokenizer_dir)
+    vocab_size, end = vocabulary_size(tokenizer_dir), end_of_text_id(tokenizer_dir)
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
     conversations = holds_conversations(corpus_path)
-    eos_token_id = end_of_text_id(tokenizer_dir)
-    encode = partial(_as_texts, eos_token_id=eos_token_id)
-    if conversations:
-        encode = partial(_as_conversations, eos_token_id=eos_token_id, max_tokens=config.max_conversation_tokens)
+    encode = partial(_as_conversations, max_tokens=config.max_conversation_tokens) if conversations else _as_texts
     splits = {}
     for split in SPLITS:
         writer = _ShardWriter(directory, split, config.shard_bytes)
@@ -109,7 +106,7 @@ def _encode_corpus(
     kind = {"whole_documents": True} if conversations else {}
     write_json_atomically(
         directory / INDEX,
-        {"dtype": dtype.name, "vocab_size": vocab_size, "eos_token_id": eos_token_id, **kind, "splits": splits},
+        {"dtype": dtype.name, "vocab_size": vocab_size, "eos_token_id": end, **kind, "splits": splits},
     )
     if conversations:
         train = splits["train"]
@@ -126,26 +123,15 @@ def _encode_corpus(
     }
 
 
-def _as_texts(
-    tokenizer: Tokenizer,
-    batch: list[str],
-    text_bytes: int,
-    dtype: np.dtype[Any],
-    eos_token_id: int = END_OF_TEXT_ID,
-) -> EncodedBatch:
+def _as_texts(tokenizer: Tokenizer, batch: list[str], text_bytes: int, dtype: np.dtype[Any], end: int) -> EncodedBatch:
     encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-    return EncodedBatch([np.array([*encoding.ids, eos_token_id], dtype) for encoding in encodings], text_bytes)
+    return EncodedBatch([np.array([*encoding.ids, end], dtype) for encoding in encodings], text_bytes)
 
 
 def _as_conversations(
-    tokenizer: Tokenizer,
-    batch: list[str],
-    text_bytes: int,
-    dtype: np.dtype[Any],
-    eos_token_id: int,
-    max_tokens: int | None,
+    tokenizer: Tokenizer, batch: list[str], text_bytes: int, dtype: np.dtype[Any], end: int, max_tokens: int | None
 ) -> EncodedBatch:
-    encoded = encode_conversations(tokenizer, batch, eos_token_id, max_tokens, dtype)
+    encoded = encode_conversations(tokenizer, batch, end, max_tokens, dtype)
     kept = [one for one in encoded if one.loss.any()]
     return EncodedBatch(
         [one.ids for one in kept],
@@ -169,11 +155,12 @@ def encode_batches(
     takes a third of their speed on two cores.
     """
     own = threading.local()
+    end = end_of_text_id(tokenizer_dir)
 
     def encode(batch: list[str], text_bytes: int) -> EncodedBatch:
         if not hasattr(own, "tokenizer"):
             own.tokenizer = load_tokenizer(tokenizer_dir)
-        return encode_batch(own.tokenizer, batch, text_bytes, dtype)
+        return encode_batch(own.tokenizer, batch, text_bytes, dtype, end)
 
     cores = len(os.sched_getaffinity(0))
     with _library_threads_off(), ThreadPoolExecutor(cores) as pool:

@@ -34,7 +34,7 @@ def holds_conversations(directory: Path) -> bool:
 
 def read_stored(directory: Path, split: str) -> Iterator[tuple[str, str]]:
     """Iterates over (name, text or JSON of the messages) of a split, at most one row group in memory."""
-    with pq.ParquetFile(directory / f"{split}.parquet", memory_map=True) as file:
+    with pq.ParquetFile(directory / f"{split}.parquet", buffer_size=2**20) as file:
         for index in range(file.num_row_groups):
             rows = file.read_row_group(index, use_threads=False)
             yield from zip(rows.column(0).to_pylist(), rows.column(1).to_pylist(), strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,28 +13,22 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from flows.artifact import Artifact, digest_file, digest_json, write_json_atomically
-from flows.config.checks import require
 from flows.config.data import TokenizerConfig
+from flows.data.adopted_tokenizer import adopt_tokenizer
 from flows.data.conversations import CHAT_TEMPLATE, MESSAGE_END, MESSAGE_START
 from flows.data.splits import read_documents_of
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
-"""Of a tokenizer that is trained here."""
-TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-TOKEN_BYTES = "token_bytes.npy"
-VOCABULARY_FILES = (TOKENIZER, SETTINGS, TEMPLATE, "config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MAX_PIECE_CHARACTERS = 65_536
-LONE_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def fingerprint(config: TokenizerConfig) -> str | None:
-    """Digest of the existing tokenizer, where there is one: its path says nothing about its content."""
-    if config.path is None:
+    """Digest of the tokenizer that is taken as it is, where there is one."""
+    if config.directory is None:
         return None
-    return digest_json(
-        {name: digest_file(config.path / name) for name in VOCABULARY_FILES if (config.path / name).exists()}
-    )
+    return digest_json({name: digest_file(config.directory / name) for name in ("tokenizer.json", "config.json")})
 
 
 def build(directory: Path, config: TokenizerConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
@@ -44,25 +37,23 @@ def build(directory: Path, config: TokenizerConfig, parents: Mapping[str, Artifa
 
     It is trained on all corpora by size, whatever their weights: it stays the same when those change.
 
-    A corpus too small for `vocab_size` gives fewer tokens; the metric `vocab_size` says how many.
+    That of `config.directory`, where there is one, is taken as it is.
 
-    Raises:
-        ConfigError: `data.tokenizer.path` holds no tokenizer, or one without an end-of-text token.
+    A corpus too small for `vocab_size` gives fewer tokens; the metric `vocab_size` says how many.
     """
-    check_tokenizer(config)
-    if config.path is not None:
-        return _adopt(directory, config.path)
+    if config.directory is not None:
+        return adopt_tokenizer(config.directory, directory)
     corpora = list(parents.values())
     texts = (text for corpus in corpora for _, text in read_documents_of(corpus.path, "train"))
     size = sum(corpus.metrics["splits"]["train"]["bytes"] for corpus in corpora)
     tokenizer = trained_tokenizer(spread_sample(texts, size, config.sample_bytes), config)
-    tokenizer.save(str(directory / TOKENIZER))
+    tokenizer.save(str(directory / "tokenizer.json"))
     write_json_atomically(
-        directory / SETTINGS,
+        directory / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "chat_template": CHAT_TEMPLATE},
     )
     lengths = bytes_per_token(tokenizer)
-    np.save(directory / TOKEN_BYTES, lengths)
+    np.save(directory / "token_bytes.npy", lengths)
     return {
         "vocab_size": tokenizer.get_vocab_size(),
         "requested_vocab_size": config.vocab_size,
@@ -70,75 +61,36 @@ def build(directory: Path, config: TokenizerConfig, parents: Mapping[str, Artifa
     }
 
 
-def check_tokenizer(config: TokenizerConfig) -> None:
-    """Raises `ConfigError` if `data.tokenizer.path` is set and holds no tokenizer."""
-    require(
-        config.path is None or (config.path / TOKENIZER).exists(),
-        "data.tokenizer.path",
-        config.path,
-        f"has no {TOKENIZER}",
-        "Name a Hugging Face model directory with a fast tokenizer, or a model that this project trained.",
-    )
-
-
-def _adopt(directory: Path, source: Path) -> Mapping[str, Any]:
-    copy_tokenizer(source, directory)
-    tokenizer = load_tokenizer(source)
-    settings, model = (_read_json(source / name) for name in (SETTINGS, "config.json"))
-    eos = settings.get("eos_token")
-    eos = eos["content"] if isinstance(eos, dict) else eos
-    if eos is None:
-        index = model.get("eos_token_id")
-        eos = tokenizer.id_to_token(index[0] if isinstance(index, list) else index) if index is not None else None
-    require(
-        eos is not None and tokenizer.token_to_id(eos) is not None,
-        "data.tokenizer.path",
-        source,
-        f"names no end-of-text token that its tokenizer has: eos_token={eos!r}",
-        f"Write eos_token into its {SETTINGS}.",
-    )
-    write_json_atomically(directory / SETTINGS, settings | {"eos_token": eos})
-    lengths = bytes_per_token(tokenizer)
-    rows = max(len(lengths), int(model.get("vocab_size", 0)))  # embeddings may be padded beyond the vocabulary
-    np.save(directory / TOKEN_BYTES, np.pad(lengths, (0, rows - len(lengths))))
-    return {"vocab_size": rows, "requested_vocab_size": rows, "longest_token_bytes": int(lengths.max())}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of an artifact, set to take text that spells a special token as the ordinary text it is."""
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copies a tokenizer's files: those of a model directory, or of a tokenizer artifact."""
-    for name in (TOKENIZER, SETTINGS, TEMPLATE):
+    """Copies the files of a tokenizer artifact, or of a model that carries them, to a model's directory."""
+    for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copy(source / name, directory)
 
 
 def end_of_text(directory: Path) -> str:
-    """The token that closes a document, by the tokenizer's own files."""
-    return str(_read_json(directory / SETTINGS).get("eos_token", END_OF_TEXT))
+    """The token of a tokenizer artifact, or of a model, that closes a document."""
+    described = directory / "tokenizer_config.json"
+    return str(json.loads(described.read_text())["eos_token"]) if described.exists() else END_OF_TEXT
 
 
 def end_of_text_id(directory: Path) -> int:
     """The id of that token."""
     index: int | None = load_tokenizer(directory).token_to_id(end_of_text(directory))
-    assert index is not None
+    assert index is not None, f"the tokenizer in {directory} lacks {end_of_text(directory)}"
     return index
 
 
 def vocabulary_size(directory: Path) -> int:
-    """Rows of the embedding that the tokenizer of an artifact needs."""
-    if (directory / TOKEN_BYTES).exists():
-        return len(np.load(directory / TOKEN_BYTES, mmap_mode="r"))
-    return load_tokenizer(directory).get_vocab_size()
-
-
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of an artifact, set to take text that spells a special token as the ordinary text it is."""
-    tokenizer = Tokenizer.from_file(str(directory / TOKENIZER))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    """Number of tokens of a tokenizer artifact, unused ones of an adopted vocabulary included."""
+    return len(np.load(directory / "token_bytes.npy", mmap_mode="r"))
 
 
 def trained_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -186,18 +138,10 @@ def spread_sample(texts: Iterable[str], total_bytes: int, sample_bytes: int) -> 
 def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int64]]:
     """UTF-8 bytes that each token stands for, int64 [vocab]; 0 for special tokens.
 
-    A byte-level token is spelt with one character for each of its bytes; other vocabularies are spelt in text, with
-    "\u2581" for a space and "<0x0A>" for a lone byte (SentencePiece).
+    A byte-level token is spelt with one character for each of its bytes.
     """
-    vocabulary = tokenizer.get_vocab()
-    lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
-    byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.to_str())["decoder"])
-    added = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
-    for token, index in vocabulary.items():
-        if token in added:
-            lengths[index] = 0 if added[token] else len(token.encode())
-        elif byte_level:
-            lengths[index] = len(token)
-        else:
-            lengths[index] = 1 if LONE_BYTE.fullmatch(token) else len(token.replace("\u2581", " ").encode())
+    lengths = np.zeros(tokenizer.get_vocab_size(), np.int64)
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    for token, index in tokenizer.get_vocab().items():
+        lengths[index] = 0 if token in special else len(token)
     return lengths

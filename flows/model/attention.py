@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from flows.config.model import ModelConfig
+from flows.model.norm import RMSNorm
 
 
 class Attention(nn.Module):
@@ -21,17 +22,20 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.grouped = config.num_key_value_heads != config.num_attention_heads
+        q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
         """What each position gathers from those it may look at [B, L, D]; `None` allows all up to itself."""
         split = (*x_BLD.shape[:2], -1, self.head_dim)
-        q_BHLK = rotate(self.q_proj(x_BLD).view(split).transpose(1, 2), rotation)
-        k_BGLK = rotate(self.k_proj(x_BLD).view(split).transpose(1, 2), rotation)
+        q_BHLK = rotate(self.q_norm(self.q_proj(x_BLD).view(split)).transpose(1, 2), rotation)
+        k_BGLK = rotate(self.k_norm(self.k_proj(x_BLD).view(split)).transpose(1, 2), rotation)
         v_BGLK = self.v_proj(x_BLD).view(split).transpose(1, 2)
         y_BHLK = scaled_dot_product_attention(
             q_BHLK, k_BGLK, v_BGLK, allowed_B1LL, is_causal=allowed_B1LL is None, enable_gqa=self.grouped

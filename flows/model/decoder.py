@@ -13,21 +13,7 @@ from torch.nn.functional import silu
 
 from flows.config.model import ModelConfig
 from flows.model.attention import Attention, allowed_keys, positions, rotary
-from kernels.rms_norm import rms_norm
-
-
-class RMSNorm(nn.Module):
-    """Scales each position to a root mean square of one, then by a learned weight (arXiv:1910.07467)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-        self.kernels = config.kernels.value
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """Normalized activations [B, L, D]."""
-        return rms_norm(x_BLD, self.weight, self.eps, self.kernels)
+from flows.model.norm import RMSNorm
 
 
 class FeedForward(nn.Module):
@@ -51,8 +37,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = FeedForward(config)
-        self.input_layernorm = RMSNorm(config)
-        self.post_attention_layernorm = RMSNorm(config)
+        self.input_layernorm = RMSNorm(config, config.hidden_size)
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
 
     def forward(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
         """The residual stream [B, L, D] after this layer."""
@@ -67,7 +53,7 @@ class DecoderStack(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+        self.norm = RMSNorm(config, config.hidden_size)
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta
 
@@ -128,7 +114,7 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def initialize(model: Decoder, seed: int) -> None:
-    """Draws initial weights, the same ones on every rank: normal(0, `model.initializer_range`), norms one.
+    """Draws initial weights, the same ones on every rank: normal(0, `model.initializer_range`), norms one, biases zero.
 
     What writes to the residual stream is scaled by 1 / sqrt(2 layers), so that depth does not inflate it (GPT-2).
     """
@@ -136,7 +122,7 @@ def initialize(model: Decoder, seed: int) -> None:
     config = model.config
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
             continue
         std = config.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):

@@ -9,13 +9,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from flows.artifact import Artifact, digest_file
 from flows.config import ConfigError
 from flows.config.data import CorpusConfig, Source, TokenizerConfig
-from flows.data.packed import map_shards
-from flows.data.tokenizer import END_OF_TEXT, end_of_text, fingerprint, load_tokenizer, spread_sample, trained_tokenizer
+from flows.data.adopted_tokenizer import check_tokenizer
+from flows.data.encode import encode_batches
+from flows.data.tokenizer import (
+    END_OF_TEXT,
+    build,
+    end_of_text_id,
+    fingerprint,
+    load_tokenizer,
+    spread_sample,
+    trained_tokenizer,
+    vocabulary_size,
+)
 
 BUILD = """
 import sys
@@ -109,38 +119,49 @@ def test_a_sample_is_spread_evenly() -> None:
     assert quarters.max() - quarters.min() <= 1
 
 
-def test_an_existing_tokenizer_is_used_as_it_is(chain, write_json_lines, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """SentencePiece's spelling, an end-of-text token in the middle, embeddings padded beyond the vocabulary."""
-    model = tmp_path / "model"
+def test_the_tokenizer_of_a_model_is_taken_as_it_is(email_chain: dict[str, Artifact], tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
-    spellings = ["<unk>", "a", "\u2581a", "</s>", "\u2581", "b", "<0x0A>", "\u00e9"]
-    existing = Tokenizer(
-        models.BPE({spelling: index for index, spelling in enumerate(spellings)}, [("\u2581", "a")], byte_fallback=True)
-    )
-    existing.pre_tokenizer = pre_tokenizers.Metaspace()
-    existing.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    existing.add_special_tokens(["<unk>", "</s>"])
-    existing.save(str(model / "tokenizer.json"))
-    (model / "config.json").write_text(json.dumps({"vocab_size": 64, "eos_token_id": [3]}))
-    corpus = CorpusConfig(
-        source=Source.files,
-        paths=(str(write_json_lines([{"text": "a b"}, {"text": "a\n\u00e9"}])),),
-        validation_fraction=0,
-        test_fraction=0,
-    )
-    made = chain(corpus, TokenizerConfig(path=model))
-    lengths = np.load(made["tokenizer"].path / "token_bytes.npy")
-    assert lengths[:8].tolist() == [0, 1, 2, 0, 1, 1, 1, 2]
-    assert len(lengths) == made["tokenizer"].metrics["vocab_size"] == 64
-    index = json.loads((made["tokens"].path / "index.json").read_text())
-    assert (index["vocab_size"], index["eos_token_id"]) == (64, 3)
-    (stream,) = map_shards(made["tokens"].path, "train")
-    assert sorted(stream[stream == 3].tolist()) == [3, 3]
-    assert end_of_text(made["tokenizer"].path) == "</s>"
-    before = fingerprint(TokenizerConfig(path=model))
-    (model / "config.json").write_text(json.dumps({"vocab_size": 64}))
-    assert fingerprint(TokenizerConfig(path=model)) != before
-    with pytest.raises(ConfigError, match=r"names no end-of-text token that its tokenizer has: eos_token=None"):
-        chain(corpus, TokenizerConfig(path=model))
-    with pytest.raises(ConfigError, match=r"data.tokenizer.path=.*nowhere has no tokenizer.json"):
-        chain(corpus, TokenizerConfig(path=tmp_path / "nowhere"))
+    out.mkdir()
+    tokenizer = Tokenizer.from_file(str(email_chain["tokenizer"].path / "tokenizer.json"))
+    tokenizer.add_tokens(["naïve"])
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "config.json").write_text(json.dumps({"vocab_size": 1100, "eos_token_id": [1025, 0]}))
+    config = TokenizerConfig(directory=model)
+    assert build(out, config, {})["vocab_size"] == vocabulary_size(out) == 1100
+    assert end_of_text_id(out) == 1025
+    assert digest_file(out / "tokenizer.json") == digest_file(model / "tokenizer.json")
+    lengths = np.load(out / "token_bytes.npy")
+    text = "a naïve “reader” "
+    assert lengths[load_tokenizer(out).encode(text).ids].sum() == len(text.encode())
+    assert lengths[1025:].sum() == 0
+    batch = next(encode_batches(out, [text], 10, np.dtype("<u2")))
+    assert batch.documents[0][-1] == 1025
+    before = fingerprint(config)
+    (model / "config.json").write_text(json.dumps({"vocab_size": 1101, "eos_token_id": 0}))
+    assert fingerprint(config) != before
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"data\.tokenizer\.directory=.* has no tokenizer\.json"),
+        ({"tokenizer.json": "{}", "config.json": "{}"}, r"cannot be read: .* Copy the model again"),
+        ({"config.json": '{"vocab_size": 1024}'}, r"has eos_token_id=None in config\.json"),
+        ({"config.json": '{"vocab_size": 1024, "eos_token_id": 5000}'}, r"has eos_token_id=5000 in config\.json"),
+        ({"config.json": '{"vocab_size": 1024, "eos_token_id": 0}', "decoder": "WordPiece"}, r"is not byte-level BPE"),
+    ],
+)
+def test_tokenizers_that_cannot_be_taken_are_refused(
+    files: dict[str, str], message: str, email_chain: dict[str, Artifact], tmp_path: Path
+) -> None:
+    if files and "tokenizer.json" not in files:
+        described = json.loads((email_chain["tokenizer"].path / "tokenizer.json").read_text())
+        if decoder := files.get("decoder"):
+            described["decoder"] = {"type": decoder, "prefix": "##", "cleanup": True}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        check_tokenizer(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,24 @@ from flows.config.model import ModelConfig
 from flows.config.optimizer import OptimizerConfig
 from flows.config.tracking import TrackingConfig
 from flows.config.training import Objective, TrainConfig, TrainingRun
+from tests.training.preloaded_ranks import popen, start_server
 
 VOCAB_SIZE = 64
 SEQUENCE_LENGTH = 16
 TINY = ModelConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server_of_ranks() -> None:
+    start_server()
+
+
+@pytest.fixture(autouse=True)
+def _preloaded_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are forked from a process that has done the imports; other tests start them as users do."""
+    monkeypatch.setattr(subprocess, "Popen", popen)
 
 
 @pytest.fixture(scope="session")

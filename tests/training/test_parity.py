@@ -11,7 +11,6 @@ import torch
 
 from flows.artifact import Artifact
 from flows.config.engine import EngineConfig, Precision
-from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.training import Objective, TrainingRun
 from flows.data.packed import PackedDataset, sample_order
 from flows.model.checkpoint import load_decoder
@@ -41,15 +40,7 @@ def bare_losses(
     vectors = [p for p in model.parameters() if p.dim() < 2]
     config = run.train.optimizer
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = {
-        Optimizer.adamw: lambda: torch.optim.AdamW(groups, 0.0, (config.beta1, config.beta2), config.eps),
-        Optimizer.adam: lambda: torch.optim.Adam(groups, 0.0, (config.beta1, config.beta2), config.eps),
-        Optimizer.sgd: lambda: torch.optim.SGD(groups, 0.0, momentum=config.momentum),
-        Optimizer.rmsprop: lambda: torch.optim.RMSprop(
-            groups, 0.0, alpha=config.beta2, eps=config.eps, momentum=config.momentum
-        ),
-    }
-    optimizer = optimizers[config.name]()
+    optimizer = torch.optim.AdamW(groups, 0.0, (config.beta1, config.beta2), config.eps)
     losses = []
     size = run.train.global_batch_size
     for step in range(run.train.max_steps):
@@ -97,17 +88,6 @@ def test_two_ranks_give_the_loss_curve_of_one_process(
     artifact = trained(run)
     assert_same_curve(losses(artifact), run, data)
     assert_stream_is_proven(artifact, run, data)
-
-
-@pytest.mark.parametrize("name", [Optimizer.adam, Optimizer.sgd, Optimizer.rmsprop])
-def test_each_optimizer_gives_the_curve_of_the_bare_loop(
-    name: Optimizer, trained: Trained, losses: Losses, tiny_run: Run, data: dict[str, Artifact]
-) -> None:
-    rate = 0.1 if name == Optimizer.sgd else 1e-3
-    run = tiny_run(optimizer=OptimizerConfig(name=name, learning_rate=rate, weight_decay=0.01, momentum=0.5))
-    if name == Optimizer.sgd:
-        assert run.train.optimizer.momentum == 0.5
-    assert_same_curve(losses(trained(run)), run, data)
 
 
 def test_distillation_runs_on_the_same_loop(
