@@ -51,12 +51,15 @@ def check_tokenizer(directory: Path) -> tuple[Tokenizer, int, str]:
 
 
 def adopt_tokenizer(source: Path, directory: Path) -> Mapping[str, Any]:
-    """Copies tokenizer.json and writes `token_bytes.npy` and `tokenizer_config.json` beside it; the stage's metrics.
+    """Copies tokenizer.json and a chat template, and writes what describes them; the stage's metrics.
 
+    `token_bytes.npy` and `tokenizer_config.json` are written as for a tokenizer that is trained here.
     The vocabulary is as large as the model's, which may have more rows than the tokenizer has tokens.
     """
     tokenizer, vocab_size, end = check_tokenizer(source)
     shutil.copy(source / "tokenizer.json", directory)
+    if (source / "chat_template.jinja").exists():
+        shutil.copy(source / "chat_template.jinja", directory)
     theirs = source / "tokenizer_config.json"
     described = json.loads(theirs.read_text()) if theirs.exists() else {"tokenizer_class": "PreTrainedTokenizerFast"}
     write_json_atomically(directory / "tokenizer_config.json", {**described, "eos_token": end})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from flows.data.splits import read_documents_of
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MAX_PIECE_CHARACTERS = 65_536
 
 
@@ -66,13 +68,24 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def end_of_text_id(directory: Path) -> int:
-    """The token of a tokenizer artifact that closes a document."""
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copies the files of a tokenizer artifact, or of a model that carries them, to a model's directory."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, directory)
+
+
+def end_of_text(directory: Path) -> str:
+    """The token of a tokenizer artifact, or of a model, that closes a document."""
     described = directory / "tokenizer_config.json"
-    if not described.exists():
-        return END_OF_TEXT_ID
-    end = json.loads(described.read_text())["eos_token"]
-    return int(Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(end))  # type: ignore[arg-type]
+    return str(json.loads(described.read_text())["eos_token"]) if described.exists() else END_OF_TEXT
+
+
+def end_of_text_id(directory: Path) -> int:
+    """The id of that token."""
+    index: int | None = load_tokenizer(directory).token_to_id(end_of_text(directory))
+    assert index is not None, f"the tokenizer in {directory} lacks {end_of_text(directory)}"
+    return index
 
 
 def vocabulary_size(directory: Path) -> int:

@@ -6,7 +6,6 @@ Standard operations only, so that it runs in any onnxruntime, the inference serv
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from flows.artifact import Artifact
 from flows.compression.candidate import count_parameters, load_candidate
 from flows.compression.int8 import LEVELS, SMALLEST_AMAX
+from flows.data.tokenizer import copy_tokenizer
 from flows.export.parity import compare
 from flows.export.runtime import PROGRAM, Program
 from flows.model.decoder import Decoder
@@ -72,7 +72,7 @@ def build(directory: Path, config: None, parents: Mapping[str, Artifact]) -> Map
     started = time.perf_counter()
     export_program(scores, directory / PROGRAM)
     seconds = time.perf_counter() - started
-    shutil.copy(source / "tokenizer.json", directory)
+    copy_tokenizer(source, directory)
     parity = compare(scores, Program(directory), scores.model.vocab_size)
     return {
         "program_bytes": sum(path.stat().st_size for path in directory.glob(f"{PROGRAM}*")),

@@ -97,7 +97,7 @@ def stage_times(artifacts: Mapping[str, Artifact], candidates: Sequence[str]) ->
         artifacts: By role in the chain.
         candidates: Names of the models.
     """
-    before = ("corpus", "tokenizer", "tokens", "baselines")
+    before = [*(role for role in artifacts if role.startswith("corpus")), "tokenizer", "tokens", "baselines"]
     measured = [f"{kind}:{name}" for kind in ("program", "quality") for name in candidates]
     order = [*before, *candidates, *measured, "latency", "gates", "entry", "passport", "publish"]
     longest = max(artifact.seconds for artifact in artifacts.values())

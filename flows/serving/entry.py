@@ -16,6 +16,7 @@ from typing import Any
 
 from flows.artifact import Artifact, digest_file, digest_json, write_json_atomically
 from flows.config.serving import EntryConfig
+from flows.data.tokenizer import end_of_text
 
 REPOSITORY = "repo"
 STAGED_VERSION = "1"
@@ -64,12 +65,13 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
     shutil.copy(program / "tokenizer.json", version)
     shutil.copy(tokenizer_library(), version / LIBRARY)
     _copy_sources(version, {"text.py": "model.py", "sampling.py": "sampling.py", "digests.py": "digests.py"})
-    settings = {
+    text_settings = {
         "sequence_length": config.sequence_length,
         "max_new_tokens": config.export.max_new_tokens,
+        "end_of_text": end_of_text(program),
         "default_max_tokens": min(config.export.max_new_tokens, max(1, config.sequence_length // 4)),
     }
-    _seal(version, settings | {"platform": platform.machine()})
+    _seal(version, text_settings | {"platform": platform.machine()})
     (text / "config.pbtxt").write_text(config_pbtxt.to_text(config_pbtxt.text_config(config)))
     return {
         "vocab_size": outputs[0].dims[0],

@@ -72,6 +72,7 @@ def micro_batches(dataset: Sequences, run: TrainingRun, step: int, device: torch
     loaded = loaded.to(device)
     dist.all_reduce(loaded, dist.ReduceOp.MAX)
     sample_ids, counts = loaded.cpu().numpy()
+    assert sample_ids.min() >= 0, "a place of the global batch was loaded by no rank"
     total = int(counts.sum())
     if total == 0:
         raise RunError(f"no token of step {step + 1} counts towards the loss; look at the data of this step.")

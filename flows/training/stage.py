@@ -19,6 +19,7 @@ from flows.config.hardware import PlanConfig
 from flows.config.launcher import LauncherConfig
 from flows.config.tracking import TrackingConfig
 from flows.config.training import TrainingRun
+from flows.data.tokenizer import copy_tokenizer
 from flows.launcher import RankError, launch_ranks
 from flows.training.hardware import this_machine
 from flows.training.job import TrainingJob
@@ -103,9 +104,7 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
             raise OutOfMemoryError(f"{error}\nThe kernel ended a process meanwhile: {_explain(job)}") from error
     for path in job.best_dir.glob("[!.]*"):  # a killed rank may have left part of a file under a hidden name
         path.replace(directory / path.name)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (job.tokenizer_dir / name).exists():
-            shutil.copy(job.tokenizer_dir / name, directory)
+    copy_tokenizer(job.tokenizer_dir, directory)
     shutil.rmtree(job.checkpoint_dir)
     for heartbeat in job.log_dir.glob("*.heartbeat"):
         heartbeat.unlink()

@@ -85,7 +85,7 @@ def test_rows_hold_whole_conversations_told_apart(chain: Chain, write_json_lines
     entry = made["tokens"].metrics["splits"]["train"]
     dataset = open_split(tokens, "train", 256, document_masks=True)
     assert isinstance(dataset, WholeDocuments)
-    start, counted = tokenizer.token_to_id("<|im_start|>"), 0
+    start, counted, several = tokenizer.token_to_id("<|im_start|>"), 0, 0
     for index in range(len(dataset)):
         row, sequence = dataset.row(index), dataset[index]
         assert len(sequence) == 257
@@ -95,8 +95,12 @@ def test_rows_hold_whole_conversations_told_apart(chain: Chain, write_json_lines
         counted += int(counts.sum())
         assert row.input_ids_L[0] == start
         changes = np.flatnonzero(np.diff(row.document_ids_L))
+        begins = np.flatnonzero((sequence[:-2] == 0) & (sequence[1:-1] == start))  # what opens another conversation
+        assert set(begins) <= set(changes)
+        several += len(begins)
         assert (row.input_ids_L[changes] == 0).all()  # each ends with its end-of-text token
         assert not counts[changes].any()
+    assert several > len(dataset) / 2
     assert counted == entry["loss_tokens"] > 0
     assert entry["cut"] == entry["unanswered"] == 0
     assert len(list(tokens.glob("train-*.loss.bin"))) > 1

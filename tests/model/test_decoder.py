@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flows.config.model import Kernels, ModelConfig
-from flows.model.attention import allowed_keys
+from flows.model.attention import allowed_keys, positions
 from flows.model.decoder import Decoder, initialize
 
 VOCAB = 97
@@ -168,6 +168,15 @@ def test_a_document_depends_on_no_neighbour_neither_forward_nor_backward() -> No
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+
+
+def test_positions_start_anew_with_each_document() -> None:
+    """Rotary positions are relative, so that scores alone would not show it."""
+    documents_BL = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]])
+    mask_BL = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1]])
+    assert positions(documents_BL, None, documents_BL).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]
+    real = positions(documents_BL, mask_BL, documents_BL)[mask_BL.bool()]
+    assert real.tolist() == [0, 1, 0, 1, 0, 0, 0, 1, 2, 3]
 
 
 @torch.no_grad()
