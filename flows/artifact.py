@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -32,6 +32,7 @@ RECORDS_DIR = "logs"
 """Files below this directory of an artifact are checked but do not count towards its digest: logs hold times."""
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 OWN_PACKAGES = ("flows", "kernels")
+CARRIES_ON = "; it carries on from an interrupted run"
 RECORDED_LIBRARIES = (
     "torch",
     "deepspeed",
@@ -68,7 +69,8 @@ class StageModule(Protocol):
     def build(self, directory: Path, config: Any, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
         """Writes the artifact's files into `directory`; returns its metrics (JSON values).
 
-        A module that sets `RESUMABLE = True` finds in `directory` what an interrupted run left there. One that defines
+        A module that defines `resumable_as(config) -> Any` finds in `directory` what an interrupted run left there that
+        had the same resumable configuration: the part of it that decides the result, but for rounding. One that defines
         `fingerprint(config) -> str` names the state of inputs from outside the store. One that defines
         `is_current(artifact) -> bool` says whether an outside effect that the artifact records still stands.
         """
@@ -90,7 +92,7 @@ class Stage:
     def ingredients(self) -> dict[str, Any]:
         """Everything that decides the content, as JSON values."""
         return {
-            "config": to_plain(self.config),
+            "config": _what_decides_content(self.config, to_plain(self.config)),
             "parents": {role: artifact.digest for role, artifact in self.parents.items()},
             "inputs": self._outside_fingerprint(),
             "code": source_digests(self.module),
@@ -100,6 +102,17 @@ class Stage:
         if "fingerprint" not in defined_names(self.module):
             return None
         return cast(str | None, importlib.import_module(self.module).fingerprint(self.config))
+
+
+def _what_decides_content(section: Any, plain: Any) -> Any:
+    """The plain form of a section without the fields that say where or how patiently it runs."""
+    if not is_dataclass(section):
+        return plain
+    return {
+        field.name: _what_decides_content(getattr(section, field.name), plain[field.name])
+        for field in fields(section)
+        if field.metadata.get("decides_content", True)
+    }
 
 
 def digest_file(path: Path) -> str:
@@ -125,6 +138,15 @@ def write_json_atomically(path: Path, value: Any) -> None:
     aside.replace(path)
 
 
+def flush_directory(directory: Path) -> None:
+    """Has the names of a directory's files on disk when it returns, after a rename for instance."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @cache
 def _parse(module: str) -> ast.Module:
     return ast.parse(_source_path(module).read_text())
@@ -142,6 +164,11 @@ def defined_names(module: str) -> set[str]:
         if isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return names
+
+
+def is_resumable(stage: Stage) -> bool:
+    """Whether an interrupted run of the stage is taken up where it ended."""
+    return "resumable_as" in defined_names(stage.module)
 
 
 def imported_modules(module: str) -> set[str]:
@@ -192,12 +219,26 @@ class ArtifactStore:
         """Name under which the stage's output is kept."""
         return f"{stage.name}-{digest_json(stage.ingredients)[:20]}"
 
+    def workplace(self, stage: Stage) -> Path:
+        """Directory in which the stage's output is made; a resumable stage finds there what an interrupted run left.
+
+        A run that is taken up with another number of ranks is another artifact, with a key of its own, that is made
+        from the same checkpoints. So the name leaves out of the ingredients what `resumable_as` leaves out, and
+        nothing else: other data, code or initial weights start afresh.
+        """
+        ingredients = stage.ingredients
+        if is_resumable(stage):
+            config = importlib.import_module(stage.module).resumable_as(stage.config)
+            ingredients |= {"config": to_plain(config)}
+        return self.root / f"{stage.name}-{digest_json(ingredients)[:20]}.partial"
+
     def find(self, stage: Stage) -> tuple[Artifact | None, str]:
         """The stage's finished output, every byte verified, and a sentence that says why it can or cannot be used."""
         try:
             artifact = load_artifact(self.root / self.key(stage))
         except FileNotFoundError:
-            return None, "no artifact was made from these inputs yet"
+            left = is_resumable(stage) and self.workplace(stage).exists()
+            return None, "no artifact was made from these inputs yet" + (CARRIES_ON if left else "")
         except ArtifactError as error:
             return None, f"its artifact is damaged: {error}"
         if "is_current" in defined_names(stage.module) and not importlib.import_module(stage.module).is_current(
@@ -213,13 +254,13 @@ class ArtifactStore:
             ArtifactError: The code changed while it ran.
         """
         key = self.key(stage)
-        with self._lock(key):  # another flow may be making the same thing
+        aside = self.workplace(stage)
+        with self._lock(aside.stem):  # another flow may be making the same thing
             found, _ = self.find(stage)
             if found is not None:
                 return found
             module = cast(StageModule, importlib.import_module(stage.module))
-            aside = self.root / f"{key}.partial"
-            if aside.exists() and not getattr(module, "RESUMABLE", False):
+            if aside.exists() and not is_resumable(stage):
                 shutil.rmtree(aside)
             aside.mkdir(parents=True, exist_ok=True)
             started = time.monotonic()
@@ -232,9 +273,9 @@ class ArtifactStore:
             return load_artifact(final)
 
     @contextmanager
-    def _lock(self, key: str) -> Iterator[None]:
+    def _lock(self, name: str) -> Iterator[None]:
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / f".{key}.lock").open("w") as file:
+        with (self.root / f".{name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go when this process ends, however it ends
             yield
 

@@ -5,29 +5,54 @@ from __future__ import annotations
 from flows.config import Config, ConfigError
 from flows.config.checks import require
 from flows.config.engine import Device
-from flows.config.model import Kernels
+from flows.config.launcher import LauncherKind
+from flows.config.model import Architecture, Kernels
 from flows.config.training import TrainingRun
+from flows.data.adopted_tokenizer import check_tokenizer
 from flows.data.sources import check_sources
+from flows.launcher.check import check_launcher
 from flows.serving.installation import check_server_available
 from flows.training.deepspeed_config import deepspeed_config
+from flows.training.trackers import check_trackers
 
 
 def check(config: Config) -> None:
     """Raises `ConfigError` for missing files, hardware and software that this run would need."""
-    check_sources(config.data.corpus)
+    for corpus in config.data.corpora.values():
+        check_sources(corpus)
+    if config.data.tokenizer.directory is not None:
+        check_tokenizer(config.data.tokenizer.directory)
+    check_trackers(config.tracking)
     runs = [config.base_run()] + ([config.student_run()] if config.distill.enabled else [])
     for run in runs:
         deepspeed_config(run)
         _check_weights(run)
         _check_device(run)
+    check_launcher(config.launcher)
     check_server_available()
 
 
 def _check_weights(run: TrainingRun) -> None:
+    theirs = run.model.architecture == Architecture.transformers
     if run.model.initial_weights is not None:
         from flows.model.checkpoint import check_initial_weights  # imports torch, which takes seconds
+        from flows.model.transformers_model import check_kind, longest_context
 
         check_initial_weights(run.model, run.model_section)
+        if theirs and (longest := longest_context(check_kind(run.model.initial_weights))):
+            require(
+                run.sequence_length <= longest,
+                "data.sequence_length",
+                run.sequence_length,
+                f"must not exceed the {longest} positions of model.initial_weights={run.model.initial_weights}",
+                f"Set data.sequence_length={longest}.",
+            )
+    train = run.train
+    if train.trainable or train.freeze or train.lora.enabled:
+        from flows.model.transformers_model import model_without_weights
+        from flows.training.trainable import choose_weights
+
+        choose_weights(model_without_weights(run.model), train, run.seed)
 
 
 def _check_device(run: TrainingRun) -> None:
@@ -37,7 +62,7 @@ def _check_device(run: TrainingRun) -> None:
 
     from kernels.dispatch import unavailable_reason
 
-    if run.engine.device == Device.cuda:
+    if run.engine.device == Device.cuda and run.launcher.kind in (LauncherKind.local, LauncherKind.rendezvous):
         count = torch.cuda.device_count()
         require(
             count >= run.launcher.num_ranks,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.artifact import Stage, explain_change, write_json_atomically
+from flows.artifact import CARRIES_ON, Stage, explain_change, write_json_atomically
 from flows.config import Config
 
 
@@ -35,6 +35,8 @@ class RunRecord:
         if stage.name not in self.before:
             return reason
         change = explain_change(self.before[stage.name]["ingredients"], stage.ingredients)
+        if change and reason.endswith(CARRIES_ON):
+            change += CARRIES_ON
         return change or reason
 
     def add(self, stage: Stage, ran: bool, reason: str, key: str, seconds: float) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from contextlib import ExitStack
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.config import RunError
-from flows.launcher import STOP_GRACE_S, free_port
+from flows.launcher import STOP_GRACE_S, free_port, stop_sessions
 
 STARTUP_TIMEOUT_S = 180.0
 """A first start creates Prefect's database."""
@@ -50,19 +49,10 @@ def start_prefect_api() -> None:
         start_new_session=True,
     )
     at_exit = ExitStack()
-    at_exit.callback(_stop, server)
+    at_exit.callback(stop_sessions, [server], STOP_GRACE_S)
     atexit.register(at_exit.close)
     _wait_until_healthy(server, f"http://127.0.0.1:{port}/api/health")
     at_exit.enter_context(temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}))
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    server.terminate()
-    try:
-        server.wait(STOP_GRACE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], url: str) -> None:

@@ -9,6 +9,9 @@ Stages: corpus, tokenizer, tokens -> base -> student -> INT8 of each -> program,
 -> gates -> model repository entry -> passport (served compared with trained) -> publish -> report. Each one leaves a
 content-addressed artifact and is skipped while that artifact verifies; an interrupted run carries on with the same
 command. `python -m flows.explain` with the same words says what would run and why.
+
+Ctrl-C and a cancelled Prefect run end at once. SIGTERM while a model trains (preemption) saves a checkpoint first: the
+command ends with exit code 75, a run of a Prefect deployment is scheduled again.
 """
 
 from __future__ import annotations
@@ -17,22 +20,32 @@ import logging
 import time
 from collections.abc import Sequence
 from typing import cast
+from uuid import UUID
 
 from prefect import flow, task
+from prefect._internal.control_listener import get_intent  # the only place that tells a cancelled run from SIGTERM
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas import State
-from prefect.states import Completed, Failed
+from prefect.exceptions import Pause, TerminationSignal
+from prefect.runtime import deployment, flow_run
+from prefect.states import AwaitingRetry, Completed, Failed
 
 from flows.artifact import Artifact, ArtifactStore, Stage
 from flows.chain import ChainResult, run_chain
 from flows.compose import compose_config, run_cli
 from flows.config import Config, ConfigError, RunError, to_json
+from flows.join import join, lead
+from flows.launcher import Preempted, treat_as_preemption
+from flows.launcher.rendezvous import leads
 from flows.preflight import check
 from flows.run_record import RunRecord, report_path, run_dir
 from flows.show_in_prefect import show_in_prefect
 from flows.temporary_server import start_prefect_api
 
-LOGGER = logging.getLogger("flows")
+PREEMPTED = "Preempted"
+"""Name of the state of a stage or run that was stopped by SIGTERM."""
+logger = logging.getLogger("flows")
 
 
 @task(cache_policy=NO_CACHE)
@@ -42,6 +55,8 @@ def run_stage(stage: Stage, store: ArtifactStore, found: Artifact | None) -> Sta
         return Completed(name="Cached", message="its artifact exists and verifies", data=found)
     try:
         return Completed(data=store.make(stage))
+    except Preempted as stop:
+        return Failed(name=PREEMPTED, message=f"{stage.name}: {stop}")
     except (RunError, ConfigError) as error:
         return Failed(message=f"{stage.name}: {error}")  # worded for the user: a traceback would bury it
 
@@ -54,11 +69,17 @@ def train(overrides: Sequence[str] = (), config: Config | None = None) -> State[
         overrides: What a command line would say, composed when the run starts; for deployments.
         config: A configuration that has been composed already; wins over `overrides`.
     """
-    LOGGER.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO)
     try:
         config = config or compose_config(overrides)
         check(config)
-        result = _run_chain(config)
+        treat_as_preemption(_asks_for_checkpoint)
+        with lead(config):
+            result = _run_chain(config)
+    except Preempted as stop:
+        if deployment.id is not None:  # somebody is there to run it again
+            raise _schedule_again(str(stop)) from None
+        return Failed(name=PREEMPTED, message=str(stop))
     except (RunError, ConfigError) as error:
         return Failed(message=str(error))
     if result.published is None:
@@ -70,6 +91,19 @@ def train(overrides: Sequence[str] = (), config: Config | None = None) -> State[
     )
 
 
+def _asks_for_checkpoint(error: BaseException) -> bool:
+    """SIGTERM does, unless the Prefect runner sent it: it cancels a run like that, and says so beforehand."""
+    return isinstance(error, TerminationSignal) and get_intent() != "cancel"
+
+
+def _schedule_again(message: str) -> Pause:
+    """Hands this run of a deployment back to whoever runs what is due; what ends it here without an outcome."""
+    state: State[None] = AwaitingRetry(message=message)
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(UUID(flow_run.id), state, force=True)
+    return Pause(message, state=state)
+
+
 def _run_chain(config: Config) -> ChainResult:
     store = ArtifactStore(config.artifacts_dir / "store")
     record = RunRecord.load(config)
@@ -78,11 +112,12 @@ def _run_chain(config: Config) -> ChainResult:
         started = time.monotonic()
         found, reason = store.find(stage)
         why = reason if found else record.why_it_runs(stage, reason)
-        LOGGER.info("%s: %s: %s", stage.name, "skipped" if found else "runs", why)
+        logger.info("%s: %s: %s", stage.name, "skipped" if found else "runs", why)
         as_named = run_stage.with_options(name=stage.name, task_run_name=stage.name)
         state = as_named(stage, store, found, return_state=True)
         if not state.is_completed():
-            raise RunError(state.message or f"{stage.name}: {state.name}")
+            kind = Preempted if state.name == PREEMPTED else RunError
+            raise kind(state.message or f"{stage.name}: {state.name}")
         artifact = cast(Artifact, state.result())
         record.add(stage, found is None, why, artifact.key, time.monotonic() - started)
         return artifact
@@ -97,10 +132,14 @@ def _run_chain(config: Config) -> ChainResult:
 def main(config: Config) -> None:
     """Runs the flow here and now, and says in one line how it ended."""
     check(config)  # before Prefect starts anything
+    if not leads(config.launcher):
+        join(config)
+        return
     start_prefect_api()
     state = train(config=config, return_state=True)
     if not state.is_completed():
-        raise RunError(state.message or state.name)
+        kind = Preempted if state.name == PREEMPTED else RunError
+        raise kind(state.message or state.name)
     print(state.message)
 
 

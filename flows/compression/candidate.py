@@ -15,13 +15,14 @@ from flows.config.model import Kernels
 from flows.model.checkpoint import WEIGHTS, load_decoder
 from flows.model.config_json import CONFIG, CheckpointError, read_config, read_json
 from flows.model.decoder import Decoder
+from flows.model.transformers_model import KINDS, TransformersModel, load_transformers_model
 
 QUANT_METHOD = "millrace_int8"
 """Marks our INT8 format in config.json; other readers refuse it instead of taking codes for weights."""
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 
-def load_candidate(directory: Path, kernels: Kernels = Kernels.reference) -> Decoder:
+def load_candidate(directory: Path, kernels: Kernels = Kernels.reference) -> Decoder | TransformersModel:
     """The model in an artifact of the chain, on the CPU, in evaluation mode.
 
     Args:
@@ -32,6 +33,8 @@ def load_candidate(directory: Path, kernels: Kernels = Kernels.reference) -> Dec
         CheckpointError: A file or weight is missing, unknown, damaged or of another shape.
     """
     quantization = read_json(directory).get("quantization_config")
+    if quantization is None and read_json(directory).get("model_type") in KINDS:
+        return load_transformers_model(directory).requires_grad_(False).eval()
     if quantization is None:
         return load_decoder(directory, kernels).requires_grad_(False).eval()
     if quantization.get("quant_method") != QUANT_METHOD:
@@ -66,8 +69,10 @@ def unshared_state(model: Decoder) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-def count_parameters(model: Decoder) -> int:
+def count_parameters(model: Decoder | TransformersModel) -> int:
     """Number of weights, shared ones once; code steps are not counted, so that INT8 does not change the number."""
+    if isinstance(model, TransformersModel):
+        return sum(parameter.numel() for parameter in model.parameters())
     return sum(tensor.numel() for name, tensor in unshared_state(model).items() if not name.endswith(".weight_scale"))
 
 

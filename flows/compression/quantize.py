@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,8 +18,10 @@ from flows.compression.candidate import QUANT_METHOD, int8_layer, load_candidate
 from flows.compression.int8 import MAX_COLUMNS, choose_scale, dequantize, quantize, sqnr_db
 from flows.config.checks import require
 from flows.config.compression import QuantizeConfig
+from flows.data.tokenizer import copy_tokenizer
 from flows.model.checkpoint import WEIGHTS
 from flows.model.config_json import CONFIG, read_json
+from flows.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,12 @@ def build(directory: Path, config: QuantizeConfig, parents: Mapping[str, Artifac
     """
     source = parents["model"].path
     model = load_candidate(source)
+    assert isinstance(model, Decoder), "others are refused before the run starts"
     report = quantize_(model, config)
     save_file(unshared_state(model), directory / WEIGHTS, metadata={"format": "pt"})
     quantization = {"quant_method": QUANT_METHOD, "modules": report.quantized}
     write_json_atomically(directory / CONFIG, {**read_json(source), "quantization_config": quantization})
-    shutil.copy(source / "tokenizer.json", directory)
+    copy_tokenizer(source, directory)
     return {
         "layers": [asdict(layer) for layer in report.layers],
         "quantized_layers": len(report.quantized),

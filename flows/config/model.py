@@ -17,10 +17,20 @@ class Kernels(StrEnum):
     reference = "reference"
 
 
+class Architecture(StrEnum):
+    """Whose code computes the model."""
+
+    decoder = "decoder"
+    transformers = "transformers"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A Llama-class decoder; the vocabulary comes from the tokenizer."""
 
+    architecture: Architecture = Architecture.decoder
+    """`decoder`: ours; `transformers`: the causal language model in `initial_weights` as that library computes it. Its
+    shape is its own then: the settings of the shape below are not read."""
     hidden_size: int = 256
     intermediate_size: int = 688
     """Width of the SwiGLU feed-forward layer."""
@@ -28,6 +38,12 @@ class ModelConfig:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     """Key and value heads, shared by groups of query heads (grouped-query attention, arXiv:2305.13245)."""
+    attention_head_dim: int | None = None
+    """Width of one attention head; null = hidden_size / num_attention_heads."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias, as in Qwen2 (arXiv:2407.10671)."""
+    qk_norm: bool = False
+    """Queries and keys are normalized in each head, as in Qwen3 (arXiv:2505.09388)."""
     num_experts: int = 0
     """Feed-forward layers of which each token passes through a few (arXiv:2401.04088); 0 = one for all."""
     num_experts_per_tok: int = 2
@@ -44,7 +60,8 @@ class ModelConfig:
     kernels: Kernels = Kernels.auto
     """`auto`: Triton-language kernels on CUDA, else plain torch; `triton`: kernels or an error; `reference`: torch."""
     initial_weights: Path | None = None
-    """Hugging Face directory (config.json, model.safetensors) of the same shape to start from; null = random."""
+    """Hugging Face directory (config.json, model.safetensors) of the same shape to start from: Llama, Qwen2, Qwen3 or
+    one of ours; null = random."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -53,13 +70,34 @@ class ModelConfig:
             ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"],
         )
         require_positive("model", self, ["rope_theta", "rms_norm_eps", "initializer_range"])
+        require(
+            self.architecture == Architecture.decoder or self.initial_weights is not None,
+            "model.architecture",
+            self.architecture,
+            "needs a model to start from, and model.initial_weights is null",
+            "Set model.initial_weights to a Hugging Face directory, or model.architecture=decoder.",
+        )
         pairs = 2 * self.num_attention_heads
         require(
-            self.hidden_size % pairs == 0,
+            self.attention_head_dim is not None or self.hidden_size % pairs == 0,
             "model.hidden_size",
             self.hidden_size,
             f"must be a multiple of 2 x model.num_attention_heads={self.num_attention_heads}: positions turn pairs",
             f"Set model.hidden_size={pairs * max(1, self.hidden_size // pairs)}.",
+        )
+        require(
+            self.attention_head_dim is None or (self.attention_head_dim > 0 and self.attention_head_dim % 2 == 0),
+            "model.attention_head_dim",
+            self.attention_head_dim,
+            "must be an even number above 0: positions turn pairs",
+            "Set model.attention_head_dim=64, or null.",
+        )
+        require(
+            not (self.qkv_bias and self.qk_norm),
+            "model.qk_norm",
+            self.qk_norm,
+            "cannot be combined with model.qkv_bias=True: no model of that kind could be read back by others",
+            "Set model.qkv_bias=false as Qwen3 does, or model.qk_norm=false as Qwen2 does.",
         )
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -77,6 +115,13 @@ class ModelConfig:
             "Set model.num_experts_per_tok=2, or model.num_experts=0.",
         )
         require(
+            self.num_experts == 0 or not (self.qkv_bias or self.qk_norm),
+            "model.num_experts",
+            self.num_experts,
+            "cannot be combined with model.qkv_bias or model.qk_norm: no model of the transformers library has both",
+            "Set model.num_experts=0, or both others false.",
+        )
+        require(
             self.router_aux_loss_coef >= 0,
             "model.router_aux_loss_coef",
             self.router_aux_loss_coef,
@@ -87,4 +132,4 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.attention_head_dim or self.hidden_size // self.num_attention_heads

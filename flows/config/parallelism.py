@@ -16,19 +16,21 @@ def check_parallelism(run: TrainingRun) -> None:
     _check_pipeline(run)
     _check_shares(run)
     _check_experts(run)
+    _check_kind_of_training(run)
 
 
 def _check_ranks(run: TrainingRun) -> None:
-    engine, ranks = run.engine, run.launcher.num_ranks
+    engine, ranks = run.engine, run.launcher.world_size
     need = engine.ranks_per_replica
     require(
         ranks % need == 0,
         "launcher.num_ranks",
-        ranks,
-        f"must be a multiple of engine.pipeline_stages={engine.pipeline_stages} x "
+        run.launcher.num_ranks,
+        (f"x launcher.num_nodes={run.launcher.num_nodes} " if run.launcher.num_nodes > 1 else "")
+        + f"must be a multiple of engine.pipeline_stages={engine.pipeline_stages} x "
         f"engine.tensor_parallel_size={engine.tensor_parallel_size} x "
         f"engine.sequence_parallel_size={engine.sequence_parallel_size} = {need}",
-        f"Set launcher.num_ranks={need * max(1, round(ranks / need))}.",
+        f"Set launcher.num_ranks={need * max(1, round(run.launcher.num_ranks / need))}.",
     )
 
 
@@ -121,6 +123,53 @@ def _check_experts(run: TrainingRun) -> None:
         "the ranks' gradient norms for the norm",
         "Set engine.zero_stage=1.",
     )
+
+
+def _check_kind_of_training(run: TrainingRun) -> None:
+    engine, model, train = run.engine, run.model, run.train
+    ours = {
+        "engine.pipeline_stages": engine.pipeline_stages,
+        "engine.tensor_parallel_size": engine.tensor_parallel_size,
+        "engine.sequence_parallel_size": engine.sequence_parallel_size,
+        "engine.activation_checkpointing": engine.activation_checkpointing,
+    }
+    for field, value in ours.items():
+        require(
+            model.architecture == "decoder" or value in (1, False),
+            field,
+            value,
+            f"cannot be combined with {run.model_section}.architecture={model.architecture}: only our decoder has it",
+            f"Set {field}={'false' if isinstance(value, bool) else 1}.",
+        )
+    tensor = engine.tensor_parallel_size
+    require(
+        tensor == 1 or not (model.qkv_bias or model.qk_norm),
+        "engine.tensor_parallel_size",
+        tensor,
+        f"cannot be combined with {run.model_section}.qkv_bias or qk_norm, whose weights DeepSpeed 0.19 does not cut",
+        "Set engine.tensor_parallel_size=1.",
+    )
+    cut = {
+        "engine.pipeline_stages": engine.pipeline_stages,
+        "engine.tensor_parallel_size": tensor,
+        f"{run.model_section}.num_experts": max(1, model.num_experts),
+    }
+    whole = {
+        "optimizer.name": train.optimizer.name if train.optimizer.name == "muon" else None,
+        "lora.rank": train.lora.rank if train.lora.enabled else None,
+        "trainable": list(train.trainable) or None,
+        "freeze": list(train.freeze) or None,
+    }
+    for field, parts in cut.items():
+        for name, chosen in whole.items():
+            require(
+                parts == 1 or chosen is None,
+                f"{run.train_section}.{name}",
+                chosen,
+                f"cannot be combined with {field}={parts}: it has been shown right where every rank has all weights, "
+                "or an even part of each",
+                f"Train with adamw and all weights, or without {field}.",
+            )
 
 
 NOT_WITH_EXPERTS: dict[str, tuple[object, ...]] = {

@@ -6,7 +6,6 @@ Standard operations only, so that it runs in any onnxruntime, the inference serv
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,9 +23,11 @@ from torch import Tensor, nn
 from flows.artifact import Artifact
 from flows.compression.candidate import count_parameters, load_candidate
 from flows.compression.int8 import LEVELS, SMALLEST_AMAX
+from flows.data.tokenizer import copy_tokenizer
 from flows.export.parity import compare
 from flows.export.runtime import PROGRAM, Program
 from flows.model.decoder import Decoder
+from flows.model.transformers_model import TransformersModel
 
 OPSET = 18
 """Old enough for every inference server since 2023."""
@@ -37,7 +38,7 @@ op: Any = opset18  # its types are those of onnxscript's own language
 class NextTokenScores(nn.Module):
     """Scores of the token after each row's last real one; only that position meets the output projection."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder | TransformersModel) -> None:
         super().__init__()
         self.model = model
 
@@ -71,7 +72,7 @@ def build(directory: Path, config: None, parents: Mapping[str, Artifact]) -> Map
     started = time.perf_counter()
     export_program(scores, directory / PROGRAM)
     seconds = time.perf_counter() - started
-    shutil.copy(source / "tokenizer.json", directory)
+    copy_tokenizer(source, directory)
     parity = compare(scores, Program(directory), scores.model.vocab_size)
     return {
         "program_bytes": sum(path.stat().st_size for path in directory.glob(f"{PROGRAM}*")),

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from flows.artifact import write_json_atomically
 from flows.config import ConfigError
-from flows.config.model import Kernels, ModelConfig
+from flows.config.model import Architecture, Kernels, ModelConfig
 from flows.model.config_json import CONFIG, CheckpointError, hugging_face_config, read_config, read_json
 from flows.model.decoder import Decoder
+from flows.model.transformers_model import TransformersModel, check_kind, load_transformers_model
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -115,14 +116,40 @@ def check_initial_weights(config: ModelConfig, section: str = "model") -> None:
     if config.initial_weights is None:
         return
     with _as_config_error(config.initial_weights, section):
+        if config.architecture == Architecture.transformers:
+            check_kind(config.initial_weights)
+            return
         found, _ = read_config(config.initial_weights)
-    for field in (field.name for field in fields(ModelConfig) if field.name not in _FREE_FIELDS):
-        wanted, has = getattr(config, field), getattr(found, field)
-        if wanted != has:
-            raise ConfigError(
-                f"{section}.{field}={wanted} does not fit {section}.initial_weights={config.initial_weights}, "
-                f"which have {field}={has}. Set {section}.{field}={has}, or choose other initial weights."
-            )
+    differing = [
+        (name, value, getattr(found, name))
+        for name, value in ((field.name, getattr(config, field.name)) for field in fields(ModelConfig))
+        if name not in _FREE_FIELDS and _effective(config, name) != _effective(found, name)
+    ]
+    if differing:
+        has = ", ".join(f"{name}={value}" for name, _, value in differing)
+        settings = " ".join(f"{section}.{name}={'null' if value is None else value}" for name, _, value in differing)
+        name, value, _ = differing[0]
+        raise ConfigError(
+            f"{section}.{name}={value} does not fit {section}.initial_weights={config.initial_weights}, "
+            f"which have {has}. Set {settings}, or choose other initial weights."
+        )
+
+
+def _effective(config: ModelConfig, field: str) -> object:
+    return config.head_dim if field == "attention_head_dim" else getattr(config, field)
+
+
+def load_initial_model(config: ModelConfig, vocab_size: int, section: str = "model") -> Decoder | TransformersModel:
+    """The model that `initial_weights` hold, to be trained; arguments and errors as in `load_initial_weights`."""
+    assert config.initial_weights is not None
+    if config.architecture == Architecture.decoder:
+        model = Decoder(config, vocab_size)
+        load_initial_weights(model, config.initial_weights, section)
+        return model
+    with _as_config_error(config.initial_weights, section):
+        theirs = load_transformers_model(config.initial_weights)
+        _check_vocabulary(config.initial_weights, theirs.vocab_size, vocab_size, section)
+    return theirs
 
 
 def load_initial_weights(model: Decoder, directory: Path, section: str = "model") -> None:
@@ -139,12 +166,16 @@ def load_initial_weights(model: Decoder, directory: Path, section: str = "model"
     check_initial_weights(replace(model.config, initial_weights=directory), section)
     with _as_config_error(directory, section):
         _, vocab_size = read_config(directory)
-        if vocab_size != model.vocab_size:
-            raise ConfigError(
-                f"{section}.initial_weights={directory} have vocab_size={vocab_size}, and this run's tokenizer "
-                f"{model.vocab_size}. Set data.tokenizer.vocab_size={vocab_size}, or choose other initial weights."
-            )
+        _check_vocabulary(directory, vocab_size, model.vocab_size, section)
         _copy_weights(model, directory)
+
+
+def _check_vocabulary(directory: Path, has: int, wanted: int, section: str) -> None:
+    if has != wanted:
+        raise ConfigError(
+            f"{section}.initial_weights={directory} have vocab_size={has}, and this run's tokenizer {wanted}. "
+            f"Set data.tokenizer.directory={directory}, or choose other initial weights."
+        )
 
 
 @contextmanager

@@ -16,17 +16,19 @@ from typing import Any
 
 from flows.artifact import Artifact, digest_file, digest_json, write_json_atomically
 from flows.config.serving import EntryConfig
+from flows.data.tokenizer import end_of_text
 
 REPOSITORY = "repo"
 STAGED_VERSION = "1"
 FILES = "files.json"
 MODEL_SOURCES = Path(__file__).parent / "models"
+SESSION_SOURCE = Path(__file__).parents[1] / "export" / "onnx_session.py"
 LIBRARY = "tokenizers.abi3.so"
 
 
 def fingerprint(config: EntryConfig) -> str:
     """Digest of what is copied into every version from outside the store: model sources and the tokenizer library."""
-    sources = {path.name: digest_file(path) for path in MODEL_SOURCES.glob("*.py")}
+    sources = {path.name: digest_file(path) for path in (*MODEL_SOURCES.glob("*.py"), SESSION_SOURCE)}
     return digest_json({**sources, LIBRARY: digest_file(tokenizer_library())})
 
 
@@ -47,6 +49,7 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
     version.mkdir(parents=True)
     shutil.copy(program / "model.onnx", version)
     _copy_sources(version, {"scores.py": "model.py", "digests.py": "digests.py"})
+    shutil.copyfile(SESSION_SOURCE, version / SESSION_SOURCE.name)
     settings = {"sequence_length": config.sequence_length, "threads": config.export.threads}
     _seal(version, settings)
     (scores / "configs").mkdir()
@@ -62,12 +65,13 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
     shutil.copy(program / "tokenizer.json", version)
     shutil.copy(tokenizer_library(), version / LIBRARY)
     _copy_sources(version, {"text.py": "model.py", "sampling.py": "sampling.py", "digests.py": "digests.py"})
-    settings = {
+    text_settings = {
         "sequence_length": config.sequence_length,
         "max_new_tokens": config.export.max_new_tokens,
+        "end_of_text": end_of_text(program),
         "default_max_tokens": min(config.export.max_new_tokens, max(1, config.sequence_length // 4)),
     }
-    _seal(version, settings | {"platform": platform.machine()})
+    _seal(version, text_settings | {"platform": platform.machine()})
     (text / "config.pbtxt").write_text(config_pbtxt.to_text(config_pbtxt.text_config(config)))
     return {
         "vocab_size": outputs[0].dims[0],

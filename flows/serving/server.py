@@ -17,12 +17,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from flows.config import ConfigError
+from flows.launcher import stop_sessions
 from flows.serving.installation import Installation, ServerError, prepare_installation
 
 SHARED_MEMORY_DIR = Path("/dev/shm")
@@ -192,13 +192,8 @@ class InferenceServer:
 
     def _stop(self) -> None:
         if self._process is not None:
-            if self._process.poll() is None:
-                self._process.send_signal(signal.SIGTERM)
-                with suppress(subprocess.TimeoutExpired):  # an open gRPC stream can hold it for ever
-                    self._process.wait(self._exit_timeout_s + KILL_GRACE_S)
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # what is left of it and of its models' processes
-            self._process.wait()
+            # An open gRPC stream can hold it for ever; its models' processes share its session.
+            stop_sessions([self._process], self._exit_timeout_s + KILL_GRACE_S)
         _unlink(SHARED_MEMORY_DIR.glob(f"{self._shared_memory_prefix}*"))
         if self._runtime_dir is not None:
             shutil.rmtree(self._runtime_dir, ignore_errors=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from flows.artifact import write_json_atomically
 from flows.config import from_json
 from flows.config.training import TrainingRun
-from flows.data.packed import sample_order
+from flows.data.packed import Row, row_of, sample_order
 from flows.launcher import Heartbeat, follow_parent
 from flows.model.decoder import Decoder, initialize
 from flows.training.batches import micro_batches
@@ -90,6 +90,15 @@ class _RandomTokens:
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         row: NDArray[np.int64] = self._tokens[index]
         return row
+
+    def row(self, index: int) -> Row:
+        return row_of(self[index], None)
+
+    def order(self, start: int, count: int, seed: int) -> NDArray[np.int64]:
+        return sample_order(len(self), start, count, seed)
+
+    def first(self, count: int) -> NDArray[np.int64]:
+        return np.arange(min(count, len(self)))
 
 
 def _model(run: TrainingRun) -> Decoder:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from flows.config import ConfigError
-from flows.config.engine import EngineConfig, Offload, Precision
+from flows.config.engine import Offload, Precision
+from flows.config.optimizer import Optimizer
 from flows.config.training import TrainingRun
 
 CUT_BY_ROWS = r"(self_attn\.[qkv]_proj|mlp\.(gate|up)_proj)\.weight$"
@@ -26,7 +27,7 @@ def deepspeed_config(run: TrainingRun) -> dict[str, Any]:
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
         "gradient_clipping": run.train.gradient_clipping,  # always given: DeepSpeed's default is 1.0, not off
         "bf16": {"enabled": engine.precision == Precision.bf16},
-        "zero_optimization": _zero(engine),
+        "zero_optimization": _zero(run),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # it has to be compiled; torch's own updates what is offloaded as well
         "steps_per_print": 10**9,  # we log
@@ -36,8 +37,11 @@ def deepspeed_config(run: TrainingRun) -> dict[str, Any]:
     return _merged(own, engine.deepspeed, "engine.deepspeed")
 
 
-def _zero(engine: EngineConfig) -> dict[str, Any]:
+def _zero(run: TrainingRun) -> dict[str, Any]:
+    engine = run.engine
     section: dict[str, Any] = {"stage": engine.zero_stage}
+    if run.train.optimizer.name == Optimizer.muon:
+        section |= {"round_robin_gradients": False, "parameter_alignment": False}  # it finds matrices in flat parts
     for name, where in (("optimizer", engine.offload_optimizer), ("param", engine.offload_parameters)):
         if where != Offload.none:
             path = {"nvme_path": str(engine.nvme_path)} if where == Offload.nvme else {}

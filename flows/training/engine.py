@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import partial
+from types import ModuleType
 from typing import cast
 
 import deepspeed
@@ -22,12 +24,12 @@ from flows.config.training import TrainingRun
 from flows.model.decoder import Decoder
 from flows.training.batches import Batch
 from flows.training.deepspeed_config import deepspeed_config
-from flows.training.expert_parallel import balance_penalty, share_experts, split_expert_groups, whole_experts
+from flows.training.expert_parallel import balance_penalty, share_experts, split_expert_groups
 from flows.training.objectives import LossModule
 from flows.training.optimizers import build_optimizer
-from flows.training.pipeline import PipelineDecoder, gather_stages, pipeline_loss, pipeline_step
+from flows.training.pipeline import PipelineDecoder, merge_groups, pipeline_loss, pipeline_step
 from flows.training.sequence_parallel import share_sequences
-from flows.training.tensor_parallel import whole_weight
+from flows.training.weight_average import keep_average
 
 
 class NonFiniteLossError(RunError):
@@ -39,7 +41,19 @@ def start_process_group() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Else DeepSpeed compiles a shared-memory collective for 30 s that only tensor-parallel inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _leave_out_deepspeeds_muon()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _leave_out_deepspeeds_muon() -> None:
+    """Puts empty modules in the place of DeepSpeed's Muon, which every ZeRO engine imports and none of ours uses.
+
+    Its decorators load torch's compiler: two of the six CPU seconds that a rank takes to start.
+    """
+    for module, name in (("muon_optimizer", "MuonWithAuxAdam"), ("original_muon", "muon_update")):
+        nobody = ModuleType(f"deepspeed.runtime.zero.muon.{module}")
+        setattr(nobody, name, type(name, (), {}))
+        sys.modules.setdefault(nobody.__name__, nobody)
 
 
 def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
@@ -52,10 +66,14 @@ def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
     if run.engine.activation_checkpointing:
         _recompute_layers(model)
     if run.engine.pipeline_stages > 1:
-        whole: nn.Module = PipelineDecoder(model, module.loss, run.engine.pipeline_stages)
+        whole: nn.Module = PipelineDecoder(model, module.loss, run)
     else:
         whole = module
     optimizer = build_optimizer(whole, run.train.optimizer)
+    if run.train.ema_decay:
+        keep_average(optimizer)
+    if run.engine.pipeline_stages > 1:
+        merge_groups(optimizer)
     if run.model.num_experts:
         split_expert_groups(optimizer)
     engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=deepspeed_config(run))
@@ -69,13 +87,19 @@ def _recompute_layers(model: Decoder) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
+def trained_module(engine: DeepSpeedEngine) -> nn.Module:
+    """The model without its loss; a rank may hold a part of it only."""
+    module: nn.Module = engine.module if isinstance(engine, PipelineEngine) else engine.module.model
+    return module
+
+
 def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
     """Sets the learning rate of the next optimizer update."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
 
 
-def train_step(engine: DeepSpeedEngine, batches: Iterator[Batch], step: int) -> float:
+def train_step(engine: DeepSpeedEngine, batches: Iterable[Batch], step: int) -> float:
     """Runs one optimizer update on this rank's micro batches; the mean loss over all ranks, in nats per token.
 
     Raises:
@@ -118,25 +142,6 @@ def validation_loss(engine: DeepSpeedEngine, batch: Batch) -> float | None:
         loss = float(engine(*batch))
     engine.train()
     return loss
-
-
-def gather_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """Whole weights by their names in the decoder, on CPU.
-
-    Every rank has to call it; rank 0 gets them, the others an empty dict.
-    """
-    if isinstance(engine, PipelineEngine):
-        return gather_stages(engine)
-    model: nn.Module = engine.module.model
-    sharded = engine.autotp_size() > 1
-    weights = {}
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):  # a no-op below ZeRO-3
-            weight = whole_weight(name, parameter.detach()) if sharded else parameter.detach()
-            for whole_name, whole in whole_experts(model, name, weight).items():
-                if dist.get_rank() == 0:
-                    weights[whole_name] = whole.cpu().clone()
-    return weights
 
 
 def close_engine(engine: DeepSpeedEngine) -> None:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from flows.config.training import TrainingRun
@@ -74,21 +73,12 @@ def split_expert_groups(optimizer: torch.optim.Optimizer) -> None:
     optimizer.param_groups[:] = split_params_into_different_moe_groups_for_optimizer(optimizer.param_groups)
 
 
-def whole_experts(model: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
-    """A weight by its name in the decoder: an expert's with those of the other ranks that share experts.
-
-    Args:
-        model: What DeepSpeed trains; all ranks have to ask it for the same.
-        name: Of the weight in `model`.
-        weight: This rank's.
-    """
+def expert_name(model: nn.Module, name: str) -> str:
+    """Name in the decoder of what has the name `name` in `model`, which DeepSpeed trains."""
     found = _EXPERT.search(name)
     if found is None:
-        return {name.replace(_GATE, ".gate.weight"): weight}
+        return name.replace(_GATE, ".gate.weight")
     layer = cast(_RoutedExperts, model.get_submodule(name[: found.start()])).routed
-    group = groups._get_expert_parallel_group(layer.expert_group_name)
-    parts = [torch.empty_like(weight) for _ in range(layer.ep_size)]
-    dist.all_gather(parts, weight.contiguous(), group=group)
-    start, end = name[: found.start()], name[found.end() :]
-    numbers = (rank * layer.num_local_experts + int(found[1]) for rank in range(layer.ep_size))
-    return {f"{start}.experts.{number}.{end}": part for number, part in zip(numbers, parts, strict=True)}
+    rank = dist.get_rank() % layer.ep_size
+    number = rank * layer.num_local_experts + int(found[1])
+    return f"{name[: found.start()]}.experts.{number}.{name[found.end() :]}"

@@ -5,36 +5,50 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
 
 from flows.artifact import write_json_atomically
+from flows.config import flat_settings
 from flows.config.model import Kernels
 from flows.config.training import Objective, TrainConfig, TrainingRun
-from flows.data.packed import PackedDataset
+from flows.data.mixture import epochs, open_split
+from flows.data.packed import Sequences
 from flows.launcher import Heartbeat
-from flows.model.checkpoint import load_decoder, load_initial_weights, save_decoder
+from flows.model.checkpoint import load_decoder, load_initial_model
 from flows.model.decoder import Decoder, initialize
+from flows.model.transformers_model import named_weights_module
 from flows.training.batches import IGNORED, micro_batches, validation_batches
-from flows.training.checkpoint import TrainingState, load_newest_checkpoint, save_checkpoint
+from flows.training.checkpoint import Checkpoints, TrainingState
+from flows.training.consolidation import consolidate
 from flows.training.engine import (
     NonFiniteLossError,
     build_engine,
     close_engine,
-    gather_weights,
     set_learning_rate,
     start_process_group,
     train_step,
+    trained_module,
     validation_loss,
 )
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
-from flows.training.schedules import learning_rate
+from flows.training.plan import flops_per_token, teacher_shape
+from flows.training.preemption import StoppedEarly, any_rank_asked_to_save
+from flows.training.receipts import ReceiptLog, first_link, next_link
+from flows.training.saving import save_trained
+from flows.training.schedules import ema_decay, learning_rate
 from flows.training.sequence_parallel import share_sequences
+from flows.training.step_meter import StepMeter
+from flows.training.step_profile import StepProfile
+from flows.training.trainable import choose_weights, count_weights
+from flows.training.weight_average import averaged_weights, set_ema_decay
+from flows.training.weight_parts import named_parts
 
 
 def train(job: TrainingJob) -> None:
@@ -42,63 +56,92 @@ def train(job: TrainingJob) -> None:
 
     Raises:
         NonFiniteLossError: On every rank, before the optimizer step; checkpoints stay as they are.
+        StoppedEarly: On every rank, after a checkpoint: one of them was sent SIGTERM.
     """
     run = job.run
     start_process_group()
     heartbeat = Heartbeat(job.log_dir)
     heartbeat.beat()
     index = json.loads((job.tokens_dir / "index.json").read_text())
-    dataset = PackedDataset(job.tokens_dir, "train", run.sequence_length)
-    validation = PackedDataset(job.tokens_dir, "validation", run.sequence_length)
+    dataset = open_split(job.tokens_dir, "train", run.sequence_length, run.document_masks, run.mixture)
+    validation = open_split(job.tokens_dir, "validation", run.sequence_length, run.document_masks, run.mixture)
     model = _initial_model(run, index["vocab_size"])
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    counts = count_weights(model)
     engine = build_engine(LossModule(model, _loss(job)), run)
-    state = load_newest_checkpoint(engine, job.checkpoint_dir)
+    del model  # a rank may need a part of it only
+    checkpoints = Checkpoints(job.checkpoint_dir, engine, named_parts(engine), run.train)
+    state = checkpoints.load()
     first_step = state.step
     leader = dist.get_rank() == 0
-    log = MetricsLog(job.log_dir, state.step, run.tracking.tensorboard) if leader else None
+    log = MetricsLog(job.log_dir, state.step, run.tracking, job.name, flat_settings(run)) if leader else None
+    receipts = ReceiptLog(job.log_dir, state.step, run.train.max_steps) if leader else None
+    state.receipt = state.receipt or first_link(job.tokens_digest, run.sequence_length)
     tokens_per_step = run.train.global_batch_size * run.sequence_length
-    started, since = time.monotonic(), state.step
+    flops = flops_per_token(run, index["vocab_size"], teacher_shape(job.teacher_dir))
+    meter = StepMeter(engine.device, tokens_per_step, flops, _peak_flops(job, engine.device))
+    profile = StepProfile(run.tracking, job.log_dir, engine.device)
     while not _finished(state, run.train):
         rate = learning_rate(run.train, state.step)
         set_learning_rate(engine, rate)
-        loss = train_step(engine, micro_batches(dataset, run, state.step, engine.device), state.step)
+        set_ema_decay(engine, ema_decay(run.train, state.step))
+        torch.manual_seed(hash((run.seed, state.step, dist.get_rank())))  # a resumed run drops what others would
+        with checkpoints.finished_on_error(), meter.step(), profile.step(state.step):
+            with meter.loading():
+                batches = micro_batches(dataset, run, state.step, engine.device)
+            loss = train_step(engine, batches, state.step)
         state.step += 1
+        state.receipt = next_link(state.receipt, state.step, batches.sample_ids)
+        state.loss_tokens += batches.loss_tokens
+        if receipts:
+            receipts.write(state.step, state.receipt)
         heartbeat.beat()
-        if log and (state.step % run.train.log_interval_steps == 0 or state.step == run.train.max_steps):
-            speed = tokens_per_step * (state.step - since) / (time.monotonic() - started)
+        if _due(state.step, run.train.log_interval_steps, run.train):
+            measured = meter.collect()
             norm = engine.get_global_grad_norm()
-            measured = {} if norm is None else {"grad_norm": float(norm)}
-            log.write(state.step, train_loss=loss, learning_rate=rate, tokens_per_s=round(speed, 1), **measured)
+            if norm is not None:
+                measured["grad_norm"] = float(norm)
+            if log:
+                log.write(state.step, train_loss=loss, learning_rate=rate, **measured)
         if _due(state.step, run.train.eval_interval_steps, run.train):
-            paused = time.monotonic()
-            _evaluate_and_keep_best(engine, validation, job, state, log, index, heartbeat)
-            started += time.monotonic() - paused  # speed is of training alone
-        if log and state.step % run.train.log_interval_steps == 0:
-            started, since = time.monotonic(), state.step
-        if _due(state.step, run.train.checkpoint_interval_steps, run.train):
-            save_checkpoint(engine, job.checkpoint_dir, state, run.train.keep_checkpoints)
-    if leader:
+            with checkpoints.finished_on_error(), averaged_weights(engine, run.train.ema_decay > 0):
+                _evaluate_and_keep_best(engine, validation, job, state, log, index, heartbeat)
+        due = _due(state.step, run.train.checkpoint_interval_steps, run.train)
+        asked = any_rank_asked_to_save(engine.device)
+        if due or asked:
+            checkpoints.save(state)
+        if asked and not _finished(state, run.train):
+            checkpoints.wait()
+            close_engine(engine)
+            raise StoppedEarly(f"stopped by SIGTERM after step {state.step}, which is saved")
+    checkpoints.wait()
+    if log and receipts:
+        log.close()
+        receipts.write(state.step, state.receipt, last=True)
         write_json_atomically(
             job.log_dir / "summary.json",
             {
                 "steps": state.step,
                 "resumed_from_step": first_step,
+                "layouts": state.layouts,
                 "stopped_early": state.step < run.train.max_steps,
                 "best_validation_loss": state.best_loss,
-                "parameters": parameters,
+                **counts,
                 "train_tokens": state.step * tokens_per_step,
+                "loss_tokens": state.loss_tokens,
                 "epochs": round(state.step * run.train.global_batch_size / len(dataset), 3),
+                "epochs_by_corpus": epochs(dataset, state.step * run.train.global_batch_size),
+                "receipt": state.receipt,
+                "measured": meter.summary(),
             },
         )
     close_engine(engine)
 
 
-def evaluate(engine: DeepSpeedEngine, dataset: PackedDataset, run: TrainingRun, heartbeat: Heartbeat) -> float:
+def evaluate(engine: DeepSpeedEngine, dataset: Sequences, run: TrainingRun, heartbeat: Heartbeat) -> float:
     """Validation cross-entropy in nats per token, over the same first `eval_tokens` tokens each time."""
-    count = min(len(dataset), max(1, run.train.eval_tokens // run.sequence_length))
+    chosen = dataset.first(max(1, run.train.eval_tokens // run.sequence_length))
     sums = torch.zeros(2, dtype=torch.float64)
-    for batch in validation_batches(dataset, count, run, engine.device):
+    for batch in validation_batches(dataset, chosen, run, engine.device):
         loss = validation_loss(engine, batch)
         if loss is not None:
             sums += torch.tensor([loss, float((batch.targets_BL != IGNORED).sum())], dtype=torch.float64)
@@ -113,7 +156,7 @@ def evaluate(engine: DeepSpeedEngine, dataset: PackedDataset, run: TrainingRun, 
 
 def _evaluate_and_keep_best(
     engine: DeepSpeedEngine,
-    validation: PackedDataset,
+    validation: Sequences,
     job: TrainingJob,
     state: TrainingState,
     log: MetricsLog | None,
@@ -126,25 +169,17 @@ def _evaluate_and_keep_best(
     state.evals_without_improvement += 1
     if loss < state.best_loss:
         state.best_loss, state.evals_without_improvement = loss, 0
-        weights = gather_weights(engine)
-        if weights:
-            job.best_dir.mkdir(parents=True, exist_ok=True)
-            save_decoder(
-                job.best_dir,
-                weights,
-                job.run.model,
-                index["vocab_size"],
-                job.run.sequence_length,
-                index["eos_token_id"],
-            )
+        consolidate(engine, job.best_dir, partial(save_trained, job, trained_module(engine), index))
 
 
-def _initial_model(run: TrainingRun, vocab_size: int) -> Decoder:
-    model = Decoder(run.model, vocab_size)
+def _initial_model(run: TrainingRun, vocab_size: int) -> nn.Module:
+    model: nn.Module
     if run.model.initial_weights is None:
+        model = Decoder(run.model, vocab_size)
         initialize(model, run.seed)
     else:
-        load_initial_weights(model, run.model.initial_weights, run.model_section)
+        model = load_initial_model(run.model, vocab_size, run.model_section)
+    choose_weights(named_weights_module(model), run.train, run.seed)
     return model
 
 
@@ -160,6 +195,14 @@ def _loss(job: TrainingJob) -> Loss:
                 teacher = teacher.to(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
             share_sequences(teacher, job.run)
             return distillation(teacher, job.run.temperature, job.run.alpha)
+
+
+def _peak_flops(job: TrainingJob, device: torch.device) -> float | None:
+    """Peak FLOP/s of all ranks together; None where what the run was planned for is not what it runs on."""
+    if job.hardware is None or job.hardware.is_gpu != (device.type == "cuda"):
+        return None
+    devices = dist.get_world_size() if job.hardware.is_gpu else 1
+    return devices * job.hardware.peak_flops(job.run.engine.precision)
 
 
 def _due(step: int, interval: int, config: TrainConfig) -> bool:

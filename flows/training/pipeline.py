@@ -1,28 +1,31 @@
-"""Pipeline parallelism over the same decoder: its blocks as stages, its weights under the same names."""
+"""Pipeline parallelism over the same decoder: its blocks as stages, its weights under the same names.
+
+Stages hand on the residual stream [B, L, D], and with it the document ids [B, L] where documents are told apart.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterator
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
-from flows.model.attention import rotary
-from flows.model.decoder import Decoder, DecoderLayer
+from flows.config.training import TrainingRun
+from flows.model.attention import allowed_keys, positions, rotary
+from flows.model.decoder import Decoder, DecoderLayer, DecoderStack
 from flows.training.batches import Batch
 from flows.training.objectives import Loss, cross_entropy
 
 CheckFinite = Callable[[float], None]
-Labels = tuple[Tensor, Tensor, Tensor]
-"""What the last stage needs besides the scores: input_ids [B, L], targets [B, L], loss_tokens []."""
+Carried = Tensor | tuple[Tensor, Tensor]
+"""Token ids [B, L] or residual stream [B, L, D], alone or with document ids [B, L]."""
 
 
 class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # ships no types
@@ -33,39 +36,44 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # ships no types
     Args:
         decoder: With the same weights on every rank.
         objective: Loss of the last stage's scores.
-        stages: Ranks among which the layers are shared out, by number of parameters.
+        run: Number of stages, among which layers are shared out evenly: each has one, and so both kinds of weights.
     """
 
-    def __init__(self, decoder: Decoder, objective: Loss, stages: int) -> None:
+    def __init__(self, decoder: Decoder, objective: Loss, run: TrainingRun) -> None:
         stack = decoder.model
-        embedding: nn.Module | TiedLayerSpec = stack.embed_tokens
-        head: nn.Module | TiedLayerSpec = decoder.lm_head
+        embedding: nn.Module | TiedLayerSpec = _Embedding(stack.embed_tokens)
+        head: nn.Module | TiedLayerSpec = _Head(decoder.lm_head)
         if decoder.config.tie_word_embeddings:
             embedding = TiedLayerSpec("embed_tokens", _Embedding, stack.embed_tokens)
             head = TiedLayerSpec("embed_tokens", _Embedding, stack.embed_tokens, forward_fn=_scores)
-        first = stack.first_position
-        layers = [_Layer(cast(DecoderLayer, layer), stack.head_dim, stack.rope_theta, first) for layer in stack.layers]
+        layers = [_Layer(cast(DecoderLayer, layer), stack) for layer in stack.layers]
+        parts = [embedding, *layers, _Norm(stack.norm), head]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layout
-            super().__init__([embedding, *layers, stack.norm, head], num_stages=stages, loss_fn=self._mean_loss)
+            super().__init__(
+                parts, num_stages=run.engine.pipeline_stages, loss_fn=self._mean_loss, partition_method="type:_Layer"
+            )
         self._objective = objective
+        self.tells_documents_apart = run.document_masks
         mine = {id(parameter) for parameter in self.parameters()}
         self.named_weights = {name: weight for name, weight in decoder.named_parameters() if id(weight) in mine}
 
-    def _mean_loss(self, logits_BLV: Tensor, labels: Labels) -> Tensor:
-        input_ids_BL, targets_BL, loss_tokens = labels
+    def _mean_loss(self, logits_BLV: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
+        input_ids_BL, targets_BL, loss_tokens, *document_ids = labels
         loss = self._objective if self.training else cross_entropy
-        return loss(logits_BLV, input_ids_BL, targets_BL) / loss_tokens
+        return loss(logits_BLV, input_ids_BL, targets_BL, *document_ids) / loss_tokens
 
 
-class _Embedding(nn.Module):
-    """Holds the one matrix that the first stage embeds with and the last one scores with."""
+class _Embedding(nn.Embedding):
+    """The matrix that the first stage embeds with and, where it is tied, the last one scores with."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__()
-        self.weight = embedding.weight
+        super().__init__(embedding.num_embeddings, embedding.embedding_dim, _weight=embedding.weight.detach())
+        self.weight = embedding.weight  # the very parameter
 
-    def forward(self, input_ids_BL: Tensor) -> Tensor:
-        return F.embedding(input_ids_BL, self.weight)
+    def forward(self, carried: Carried) -> Carried:  # type: ignore[override]
+        if isinstance(carried, tuple):
+            return super().forward(carried[0]), carried[1]
+        return super().forward(carried)
 
 
 def _scores(embedding: _Embedding, x_BLD: Tensor) -> Tensor:
@@ -73,20 +81,55 @@ def _scores(embedding: _Embedding, x_BLD: Tensor) -> Tensor:
 
 
 class _Layer(nn.Module):
-    """A decoder layer that works out positions by itself: stages hand on the residual stream alone."""
+    """A decoder layer that works out by itself what the decoder works out once for all layers."""
 
-    def __init__(self, layer: DecoderLayer, head_dim: int, rope_theta: float, first_position: int) -> None:
+    def __init__(self, layer: DecoderLayer, stack: DecoderStack) -> None:
         super().__init__()
         self.layer = layer
-        self._head_dim, self._rope_theta, self._first = head_dim, rope_theta, first_position
+        self._head_dim, self._rope_theta, self._first = stack.head_dim, stack.rope_theta, stack.first_position
+
+    def forward(self, carried: Carried) -> Carried:
+        x_BLD, document_ids_BL = carried if isinstance(carried, tuple) else (carried, None)
+        positions_BL = positions(x_BLD, None, document_ids_BL, self._first)
+        rotation = rotary(positions_BL, self._head_dim, self._rope_theta, x_BLD.dtype)
+        y_BLD = cast(Tensor, self.layer(x_BLD, rotation, allowed_keys(None, document_ids_BL)))
+        return y_BLD if document_ids_BL is None else (y_BLD, document_ids_BL)
+
+
+class _Norm(nn.Module):
+    """The final norm; nobody after it looks at documents."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, carried: Carried) -> Tensor:
+        return cast(Tensor, self.norm(carried[0] if isinstance(carried, tuple) else carried))
+
+
+class _Head(nn.Module):
+    """The output projection, under a name that optimizers know it by."""
+
+    def __init__(self, lm_head: nn.Linear) -> None:
+        super().__init__()
+        self.lm_head = lm_head
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        positions_BL = torch.arange(self._first, self._first + x_BLD.shape[1], device=x_BLD.device)[None]
-        y_BLD: Tensor = self.layer(x_BLD, rotary(positions_BL, self._head_dim, self._rope_theta, x_BLD.dtype), None)
-        return y_BLD
+        return cast(Tensor, self.lm_head(x_BLD))
 
 
-def pipeline_step(engine: PipelineEngine, batches: Iterator[Batch], check_finite: CheckFinite) -> float:
+def merge_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Makes one parameter group of those with the same decay, so that all stages have as many.
+
+    DeepSpeed adds up the squares of each group's gradients over stages, and waits for ever for a group that some lack.
+    """
+    merged: dict[float, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        merged.setdefault(group["weight_decay"], {**group, "params": []})["params"] += group["params"]
+    optimizer.param_groups[:] = merged.values()
+
+
+def pipeline_step(engine: PipelineEngine, batches: Iterable[Batch], check_finite: CheckFinite) -> float:
     """Runs one optimizer update; the mean loss over all ranks.
 
     Args:
@@ -105,7 +148,7 @@ def pipeline_step(engine: PipelineEngine, batches: Iterator[Batch], check_finite
 
     engine._take_model_step = checked  # DeepSpeed's schedule ends with the update and has no place for a look before
     try:
-        engine.train_batch(_inputs_and_labels(iter(list(batches))))  # drawing them takes all ranks at once
+        engine.train_batch(_inputs_and_labels(engine, batches))
     finally:
         engine._take_model_step = take_step
     return mean
@@ -113,35 +156,19 @@ def pipeline_step(engine: PipelineEngine, batches: Iterator[Batch], check_finite
 
 def pipeline_loss(engine: PipelineEngine, batch: Batch) -> float | None:
     """Mean cross-entropy of one micro batch, on ranks of the last stage; None on others, which have to call it too."""
-    losses = engine.eval_batch(
-        _inputs_and_labels(iter([batch])), num_micro_batches=1, reduce_output=None, bcast_loss=False
-    )
+    data = _inputs_and_labels(engine, [batch])
+    losses = engine.eval_batch(data, num_micro_batches=1, reduce_output=None, bcast_loss=False)
     return float(losses[0]) if engine.is_last_stage() else None
 
 
-def gather_stages(engine: PipelineEngine) -> dict[str, Tensor]:
-    """All stages' weights by name, on CPU, on rank 0; others get an empty dict."""
-    mine = engine.module.named_weights
-    listed: list[list[tuple[str, torch.Size, torch.dtype]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(listed, [(name, weight.shape, weight.dtype) for name, weight in mine.items()])
-    rank, weights = dist.get_rank(), {}
-    holders = {
-        name: (holder, shape, dtype)
-        for holder, names in reversed(list(enumerate(listed)))
-        for name, shape, dtype in names or []
-    }
-    for name, (holder, shape, dtype) in sorted(holders.items()):
-        if holder == rank == 0:
-            weights[name] = mine[name].detach().cpu().clone()
-        elif rank == 0:
-            received = torch.empty(shape, dtype=dtype, device=engine.device)
-            dist.recv(received, holder)
-            weights[name] = received.cpu()
-        elif rank == holder:
-            dist.send(mine[name].detach(), 0)
-    return weights
-
-
-def _inputs_and_labels(batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Labels]]:
+def _inputs_and_labels(
+    engine: PipelineEngine, batches: Iterable[Batch]
+) -> Iterator[tuple[Carried, tuple[Tensor, ...]]]:
     for batch in batches:
-        yield batch.input_ids_BL, (batch.input_ids_BL, batch.targets_BL, batch.loss_tokens)
+        labels = (batch.input_ids_BL, batch.targets_BL, batch.loss_tokens)
+        if engine.module.tells_documents_apart:  # in each micro batch: stages expect tensors of one shape
+            ids = batch.document_ids_BL
+            ids = torch.zeros_like(batch.input_ids_BL) if ids is None else ids
+            yield (batch.input_ids_BL, ids), (*labels, ids)
+        else:
+            yield batch.input_ids_BL, labels

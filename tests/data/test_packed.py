@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
+import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 
 from flows.artifact import Artifact
 from flows.config import ConfigError
-from flows.data.packed import PackedDataset, map_shards, sample_order
+from flows.data.packed import IGNORED, PackedDataset, map_shards, sample_order
 
 
 @pytest.mark.parametrize("sequence_length", [8, 61, 25_000])
@@ -91,3 +94,47 @@ def test_a_slice_of_a_huge_epoch_is_cheap() -> None:
     order = sample_order(size, 5 * size - 10, 20, 0)
     assert len(set(order.tolist())) == 20
     assert ((order >= 0) & (order < size)).all()
+
+
+def test_documents_of_a_sequence_are_told_apart_by_what_closes_them(email_chain: dict[str, Artifact]) -> None:
+    tokens = email_chain["tokens"].path
+    masked, plain = (PackedDataset(tokens, "train", 61, document_masks=masks) for masks in (True, False))
+    boundaries = np.cumsum(np.concatenate([shard_documents(tokens, shard) for shard in range(3)]))[:20]
+    seen = []
+    for index in range(len(masked)):
+        row, sequence = masked.row(index), masked[index]
+        assert np.array_equal(row.input_ids_L, sequence[:-1])
+        assert np.array_equal(plain.row(index).targets_L, sequence[1:])
+        assert not plain.row(index).document_ids_L.any()
+        closes = np.flatnonzero(sequence[:-1] == 0)
+        assert np.array_equal(np.flatnonzero(row.targets_L == IGNORED), closes)
+        assert np.array_equal(np.delete(row.targets_L, closes), np.delete(sequence[1:], closes))
+        assert np.array_equal(np.flatnonzero(np.diff(row.document_ids_L)), closes[closes < 60])
+        seen += (index * 61 + closes + 1).tolist()
+    assert seen[: len(boundaries)] == boundaries.tolist()
+
+
+def shard_documents(tokens: Path, number: int) -> np.ndarray:
+    """Tokens of each document of a shard of the train split."""
+    shard = json.loads((tokens / "index.json").read_text())["splits"]["train"]["shards"][number]
+    starts = np.load(tokens / shard["file"].replace(".bin", ".documents.npy"))
+    return np.diff(np.append(starts, shard["tokens"]))
+
+
+def test_visiting_in_shuffled_order_holds_no_shard_in_memory(tmp_path: Path) -> None:
+    """A gigabyte of ids in four shards, read here and there: what is held is a few sequences, not a shard."""
+    shards = []
+    for number in range(4):
+        with (tmp_path / f"train-{number:05d}.bin").open("wb") as file:
+            file.truncate(2**28)  # sparse: takes no space
+        shards.append({"file": f"train-{number:05d}.bin", "tokens": 2**27, "documents": 1})
+    index = {"dtype": "uint16", "vocab_size": 4, "eos_token_id": 0, "splits": {"train": {"shards": shards}}}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    dataset = PackedDataset(tmp_path, "train", 1024)
+    tracemalloc.start()
+    order = dataset.order(10**9, 400, seed=0)  # far into the stream
+    assert np.unique(order // (len(dataset) // 4)).tolist() == [0, 1, 2, 3]  # every batch reads from every shard
+    assert all(len(dataset[int(i)]) == 1025 for i in order)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20

@@ -311,6 +311,10 @@ def processes_naming(path: Path) -> list[int]:
     return found
 
 
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 @pytest.mark.distributed
 def test_served_runs_wait_their_turn_and_leave_nothing_behind(
     client: SyncPrefectClient, api_url: str, files: Path, pool: WorkPool, tmp_path: Path
@@ -372,8 +376,16 @@ def test_served_runs_wait_their_turn_and_leave_nothing_behind(
         assert "data.corpus.paths=" in str(message)
         assert "nowhere.txt" in str(message)
 
-        # Two that would overlap: the second waits until the first has been cancelled, with its ranks.
+        # One that is preempted (SIGTERM that nobody announced) saves, is scheduled again, and goes on.
         first = start()
+        eventually(lambda: [path for path in store.glob("base-*.partial/logs/metrics.jsonl") if path.stat().st_size])
+        (rank,) = running_ranks()
+        os.kill(parent_of(rank), signal.SIGTERM)
+        eventually(lambda: client.read_flow_run(first).run_count == 2)
+        assert list(store.glob("base-*.partial/checkpoints/step-*/complete.json"))
+        assert rank not in running_ranks()
+
+        # Two that would overlap: the second waits until the first has been cancelled, with its ranks.
         eventually(running_ranks)
         assert client.read_flow_run(first).parameters == {"overrides": overrides}
         second = start({"overrides": [*overrides, "seed=1"]})

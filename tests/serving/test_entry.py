@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -101,6 +102,19 @@ def test_other_graphs_are_refused(tmp_path: Path, changes: dict[str, object], na
     )
     with pytest.raises(ProgramError, match=named):
         build_entry(tmp_path / "entry", tiny_model.artifact("program", program))
+
+
+def test_the_served_text_ends_with_the_token_that_the_models_tokenizer_names(chain: Chain, tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    shutil.copytree(chain.program.path, program)
+    (program / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    other = build_entry(tmp_path / "entry", replace(chain.program, path=program), ENTRY)
+    found = [
+        json.loads(path.read_text())["end_of_text"]
+        for entry in (chain.entry, other)
+        for path in entry.path.glob("**/*_text/*/settings.json")
+    ]
+    assert found == ["<|endoftext|>", "<|im_end|>"]
 
 
 def test_every_setting_reaches_the_entry(chain: Chain, tmp_path: Path) -> None:

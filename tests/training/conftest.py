@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,24 @@ from flows.config.model import ModelConfig
 from flows.config.optimizer import OptimizerConfig
 from flows.config.tracking import TrackingConfig
 from flows.config.training import Objective, TrainConfig, TrainingRun
+from tests.training.preloaded_ranks import popen, start_server
 
 VOCAB_SIZE = 64
 SEQUENCE_LENGTH = 16
 TINY = ModelConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server_of_ranks() -> None:
+    start_server()
+
+
+@pytest.fixture(autouse=True)
+def _preloaded_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are forked from a process that has done the imports; other tests start them as users do."""
+    monkeypatch.setattr(subprocess, "Popen", popen)
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +73,7 @@ def tiny_run(
     ranks: int = 1,
     micro_batch_size: int = 4,
     engine: EngineConfig | None = None,
+    launcher: LauncherConfig | None = None,
     optimizer: OptimizerConfig | None = None,
     model: ModelConfig = TINY,
     objective: Objective = Objective.cross_entropy,
@@ -87,18 +101,13 @@ def tiny_run(
             **(settings | train),
         ),
         engine=engine or EngineConfig(),
-        launcher=LauncherConfig(num_ranks=ranks, threads_per_rank=1, stall_timeout_s=120),
+        launcher=launcher or LauncherConfig(num_ranks=ranks, threads_per_rank=1, stall_timeout_s=120),
         tracking=TrackingConfig(tensorboard=False),
         sequence_length=SEQUENCE_LENGTH,
         seed=0,
         temperature=temperature,
         alpha=alpha,
     )
-
-
-@pytest.fixture(scope="session")
-def session_tiny_run() -> Callable[..., TrainingRun]:
-    return tiny_run
 
 
 @pytest.fixture(name="tiny_run")

@@ -2,60 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from flows.artifact import Artifact
+from flows.config.launcher import LauncherConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.training import TrainingRun
 from flows.launcher import RankError
+from tests.training.interruption import DEADLINE_S, interrupted
+from tests.training.preloaded_ranks import running
 
 Trained = Callable[..., Artifact]
 Losses = Callable[[Artifact], list[float]]
 Run = Callable[..., TrainingRun]
-DEADLINE_S = 90.0
-
-
-def ranks_of_this_process() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "flows.training" in " ".join(p.cmdline())]
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + DEADLINE_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "gave up waiting"
-        time.sleep(0.005)
-    return value
-
-
-def interrupted(train: Callable[[], Artifact], store: Path, checkpoint: str, rank: int = 0) -> RankError:
-    """Kills a rank as soon as a checkpoint is complete; the error that the run ends with."""
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            train()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    until(lambda: list(store.glob(f"*.partial/checkpoints/{checkpoint}/complete.json")) or errors)
-    assert not errors, errors
-    victims = [p for p in ranks_of_this_process() if p.environ()["RANK"] == str(rank)]
-    os.kill(victims[0].pid, signal.SIGKILL)
-    thread.join(DEADLINE_S)
-    assert len(errors) == 1
-    assert isinstance(errors[0], RankError)
-    return errors[0]
 
 
 @pytest.fixture
@@ -68,13 +31,17 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
 ) -> None:
     error = interrupted(lambda: trained(long_run), tmp_path / "store", "step-00000040")
     assert "rank 0 was killed by SIGKILL" in str(error)
-    assert not ranks_of_this_process()
+    assert not running()
     resumed = trained(long_run)
     assert 40 <= resumed.metrics["resumed_from_step"] < 160
     whole = trained(long_run, store="other")
     assert whole.metrics["resumed_from_step"] == 0
     assert losses(resumed) == losses(whole)
     assert resumed.digest == whole.digest
+    assert resumed.metrics["receipt"] == whole.metrics["receipt"]
+    receipts = [(artifact.path / "logs" / "receipts.jsonl").read_text() for artifact in (resumed, whole)]
+    assert receipts[0] == receipts[1]
+    assert len(receipts[0].splitlines()) == 160
     validation = [event for event in resumed.metrics["curve"] if "validation_loss" in event]
     assert validation == [event for event in whole.metrics["curve"] if "validation_loss" in event]
 
@@ -84,20 +51,20 @@ def test_damaged_checkpoints_are_passed_over(
 ) -> None:
     interrupted(lambda: trained(long_run), tmp_path / "store", "step-00000060")
     checkpoints = next((tmp_path / "store").glob("*.partial/checkpoints"))
-    complete = sorted(path.parent for path in checkpoints.glob("step-*/complete.json"))
-    assert len(complete) == 2  # keep_checkpoints
-    newest = max(complete[-1].glob("*.pt"), key=lambda path: path.stat().st_size)
+    complete = sorted(path.parent for path in checkpoints.glob("step-*/manifest.json"))
+    assert len(complete) >= 2  # keep_checkpoints, and perhaps one that was about to go
+    newest = max(complete[-1].glob("*.safetensors"), key=lambda path: path.stat().st_size)
     flipped = bytearray(newest.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     newest.write_bytes(flipped)
-    cut_short = checkpoints / "step-00000150"
+    cut_short = checkpoints / ".step-00000150.partial"
     cut_short.mkdir()
-    (cut_short / "half.pt").write_bytes(b"half")
+    (cut_short / "half.safetensors").write_bytes(b"half")
     resumed = trained(long_run)
     assert resumed.metrics["resumed_from_step"] == int(complete[-2].name.removeprefix("step-"))
     log = (resumed.path / "logs" / "rank-0.log").read_text()
     assert f"{newest.name} has changed since it was written" in log
-    assert "step-00000150 was cut short" in log
+    assert ".step-00000150.partial was cut short" in log
     assert losses(resumed) == losses(trained(long_run, store="other"))
 
 
@@ -119,13 +86,14 @@ def test_a_dead_rank_ends_the_run_in_seconds_and_leaves_nothing(
     assert "rank 1 was killed by SIGKILL" in str(error)
     assert "its last lines" in str(error)
     assert started[0] - killed_after < DEADLINE_S
-    assert not ranks_of_this_process()
+    assert not running()
 
 
 def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_checkpoint(
-    trained: Trained, tiny_run: Run, tmp_path: Path
+    trained: Trained, tiny_run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tiny_run(
+        launcher=LauncherConfig(threads_per_rank=1, max_restarts=2),
         max_steps=50,
         checkpoint_interval_steps=1,
         warmup_steps=0,
@@ -136,7 +104,8 @@ def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_checkpoint(
         RankError, match=r"the training loss is (nan|inf) at step \d+; the optimizer step was not taken"
     ):
         trained(run)
-    assert list((tmp_path / "store").glob("*.partial/checkpoints/step-*/complete.json"))
+    assert list((tmp_path / "store").glob("*.partial/checkpoints/step-*/manifest.json"))
+    assert not caplog.records  # of restarts: it would come again
 
 
 def test_early_stopping_keeps_the_best_weights(trained: Trained, tiny_run: Run) -> None:

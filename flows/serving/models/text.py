@@ -20,8 +20,6 @@ import triton_python_backend_utils as pb_utils  # provided by the server
 from .digests import check_files
 from .sampling import choose_token, cut_at_stop
 
-END_OF_TEXT = "<|endoftext|>"
-
 
 class RefusedError(ValueError):
     """A request that cannot be answered; its neighbours in the batch can."""
@@ -59,7 +57,7 @@ class TritonPythonModel:
         self.version = int(args["model_version"])
         self.tokenizer = load_library(here, settings["platform"]).Tokenizer.from_file(str(here / "tokenizer.json"))
         self.tokenizer.encode_special_tokens = True  # as in training: what a user types is text, never a control token
-        self.end_of_text: int = self.tokenizer.token_to_id(END_OF_TEXT)
+        self.end_of_text: int = self.tokenizer.token_to_id(settings["end_of_text"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answers a batch of requests; their rows take every step together."""
