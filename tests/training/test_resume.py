@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from flows.artifact import Artifact
+from flows.config import to_json
+from flows.config.engine import EngineConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.training import TrainingRun
-from flows.launcher import RankError
+from flows.launcher import RankError, launch_ranks
+from flows.training.damage_drill import CUTS, FLIPS, DamageJob
 from tests.training.interruption import DEADLINE_S, interrupted
 from tests.training.preloaded_ranks import running
 
@@ -115,3 +119,19 @@ def test_early_stopping_keeps_the_best_weights(trained: Trained, tiny_run: Run) 
     assert artifact.metrics["steps"] < 200
     assert artifact.metrics["best_validation_loss"] == min(validation)
     assert validation[-3:] > [min(validation)] * 3
+
+
+@pytest.mark.distributed
+def test_every_damage_to_a_checkpoint_is_passed_over(tiny_run: Run, tmp_path: Path) -> None:
+    """Twenty cuts, twenty flipped bits, missing files: the losses afterwards are those of the run without damage."""
+    job = DamageJob(run=tiny_run(ranks=2, micro_batch_size=2, engine=EngineConfig(zero_stage=2)), directory=tmp_path)
+    (tmp_path / "run.json").write_text(to_json(job))
+    launch_ranks("flows.training.damage_drill", tmp_path / "run.json", job.run.launcher, tmp_path / "logs")
+    outcomes = json.loads((tmp_path / "outcomes.json").read_text())
+    assert len(outcomes) == CUTS + FLIPS + 4
+    assert set(outcomes.values()) == {"ok"}, outcomes
+    log = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert log.count("is damaged") == CUTS + FLIPS + 3
+    assert "safetensors has changed since it was written" in log
+    assert "manifest.json" in log
+    assert ".step-00000003.partial was cut short and is removed" in log
