@@ -53,7 +53,8 @@ def damages(seed: int) -> Iterator[Damage]:
     """Cuts and flips at random places of the newest checkpoint, files missing, all damaged."""
     places = random.Random(seed)
     for number in range(CUTS):
-        yield Damage(f"cut {number}", partial(cut, NEWEST, places.random()), SAVED_AFTER[0])
+        alone = number % 2 == 0
+        yield Damage(f"cut {number}", partial(cut, NEWEST, places.random(), alone), SAVED_AFTER[0])
     for number in range(FLIPS):
         yield Damage(f"bit flipped {number}", partial(flip, NEWEST, places.random()), SAVED_AFTER[0])
     yield Damage(f"no {MANIFEST}", lose_manifest, SAVED_AFTER[0])
@@ -74,15 +75,15 @@ def cut_save_short(checkpoints: Path) -> None:
 
 def damage_all(checkpoints: Path) -> None:
     """Leaves no whole checkpoint."""
-    cut(OLDER, 0.5, checkpoints)
+    cut(OLDER, 0.5, True, checkpoints)
     flip(NEWEST, 0.5, checkpoints)
 
 
-def cut(name: str, share: float, checkpoints: Path) -> None:
-    """Leaves the first `share` of a checkpoint's bytes, in the order in which they were written."""
+def cut(name: str, share: float, alone: bool, checkpoints: Path) -> None:
+    """Cuts the file `share` of the way into a checkpoint and, unless `alone`, removes what was written later."""
     path, position = _locate(checkpoints / name, share)
     files = _as_written(checkpoints / name)
-    for later in files[files.index(path) + 1 :]:
+    for later in [] if alone else files[files.index(path) + 1 :]:
         later.unlink()
     with path.open("r+b") as file:
         file.truncate(position)
