@@ -17,7 +17,7 @@ from flows.model.checkpoint import load_decoder
 from flows.training.fragment_files import PieceReader
 from flows.training.fragments import WEIGHT
 from tests.training.all_layouts import CHAINS, UPDATES
-from tests.training.interruption import interrupted
+from tests.training.interruption import interrupted, kill
 from tests.training.test_parity import assert_same_curve
 
 Trained = Callable[..., Artifact]
@@ -35,7 +35,7 @@ def test_four_ranks_then_two_then_one_give_one_loss_curve(
     trained: Trained, losses: Losses, tiny_run: Run, data: dict[str, Artifact], tmp_path: Path
 ) -> None:
     run = tiny_run(micro_batch_size=1, max_steps=60, checkpoint_interval_steps=10, eval_interval_steps=30)
-    interrupted(lambda: trained(layout(run, 4, 2)), tmp_path / "store", "step-00000010", rank=2)
+    interrupted(lambda: trained(layout(run, 4, 2)), tmp_path / "store", "step-00000010", lambda: kill(2))
     interrupted(lambda: trained(layout(run, 2, 3)), tmp_path / "store", "step-00000030")
     whole = trained(layout(run, 1, 0))
     layouts = whole.metrics["layouts"]
