@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from flows.artifact import Artifact, Stage
 from flows.config import Config
+from flows.config.data import corpus_role
 
 RunStage = Callable[[Stage], Artifact]
 
@@ -33,12 +34,14 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
         config: The run.
         run: Turns a stage into its artifact; raises if it fails.
     """
-    corpus = run(Stage("corpus", "flows.data.corpus", config.data.corpus))
-    tokenizer = run(Stage("tokenizer", "flows.data.tokenizer", config.data.tokenizer, {"corpus": corpus}))
-    text = {"corpus": corpus, "tokenizer": tokenizer}
-    tokens = run(Stage("tokens", "flows.data.encode", config.data.encode, text))
+    corpora = {}
+    for name, corpus in config.data.corpora.items():
+        role = corpus_role(name)
+        corpora[role] = run(Stage(role, "flows.data.corpus", corpus))
+    tokenizer = run(Stage("tokenizer", "flows.data.tokenizer", config.data.tokenizer, corpora))
+    tokens = run(Stage("tokens", "flows.data.encode", config.data.encoding(), {**corpora, "tokenizer": tokenizer}))
     data = {"tokens": tokens, "tokenizer": tokenizer}
-    baselines = run(Stage("baselines", "flows.data.baselines", None, {**data, "corpus": corpus}))
+    baselines = run(Stage("baselines", "flows.data.baselines", config.data.weights or None, {**data, **corpora}))
 
     models = {"base": run(Stage("base", "flows.training.stage", config.base_run(), data))}
     if config.distill.enabled:
@@ -67,7 +70,7 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
     }
     gates = run(Stage("gates", "flows.evaluation.gates", config.gating(), measured))
 
-    everything = {**data, "corpus": corpus, **models, **measured, "gates": gates}
+    everything = {**data, **corpora, **models, **measured, "gates": gates}
     chosen = gates.metrics["chosen"]
     if chosen is None:
         return ChainResult(gates, run(Stage("report", "flows.report.stage", config, everything)))

@@ -23,8 +23,6 @@ from flows.config import Config, ConfigError, RunError
 from flows.config.reference import field_references, render_help
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
-EXIT_CONFIG_ERROR = 2
-EXIT_RUN_ERROR = 1
 
 
 def run_cli(verb: Callable[[Config], None], doc: str) -> None:
@@ -57,7 +55,7 @@ def _spoken_errors() -> Iterator[None]:
         sys.exit("\nInterrupted; the same command carries on from here.")
     except (HydraException, OmegaConfBaseException, ConfigError, RunError) as error:
         print(f"error: {explain_error(error)}", file=sys.stderr)
-        sys.exit(EXIT_RUN_ERROR if isinstance(error, RunError) else EXIT_CONFIG_ERROR)
+        sys.exit(error.exit_code if isinstance(error, RunError) else ConfigError.exit_code)
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
@@ -130,3 +128,4 @@ def _thaw(node: Any) -> None:
             _thaw(child)
     if OmegaConf.get_type(node) is dict:
         OmegaConf.set_struct(node, False)  # raw keys of others, e.g. engine.deepspeed
+        node._metadata.element_type = Any  # OmegaConf would make read-only entries; `_to_config` checks their types

@@ -37,7 +37,6 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, t
 from pydantic import ValidationError
 
 from flows.artifact import PROJECT_ROOT
-from flows.compose import EXIT_CONFIG_ERROR, EXIT_RUN_ERROR
 from flows.config import ConfigError, RunError
 from flows.deployment_file import DEPLOYMENT_DIR, FLOWS, DeploymentFile, read_deployment_files
 
@@ -247,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         deploy(options.directory, options.work_pool, options.prune, options.serve)
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_RUN_ERROR if isinstance(error, RunError) else EXIT_CONFIG_ERROR
+        return error.exit_code
     return 0
 
 

@@ -7,14 +7,20 @@ from flows.config.checks import require
 from flows.config.engine import Device
 from flows.config.model import Kernels
 from flows.config.training import TrainingRun
+from flows.data.adopted_tokenizer import check_tokenizer
 from flows.data.sources import check_sources
 from flows.serving.installation import check_server_available
 from flows.training.deepspeed_config import deepspeed_config
+from flows.training.trackers import check_trackers
 
 
 def check(config: Config) -> None:
     """Raises `ConfigError` for missing files, hardware and software that this run would need."""
-    check_sources(config.data.corpus)
+    for corpus in config.data.corpora.values():
+        check_sources(corpus)
+    if config.data.tokenizer.directory is not None:
+        check_tokenizer(config.data.tokenizer.directory)
+    check_trackers(config.tracking)
     runs = [config.base_run()] + ([config.student_run()] if config.distill.enabled else [])
     for run in runs:
         deepspeed_config(run)
@@ -28,6 +34,15 @@ def _check_weights(run: TrainingRun) -> None:
         from flows.model.checkpoint import check_initial_weights  # imports torch, which takes seconds
 
         check_initial_weights(run.model, run.model_section)
+    train = run.train
+    if train.trainable or train.freeze or train.lora.enabled:
+        import torch
+
+        from flows.model.decoder import Decoder
+        from flows.training.trainable import choose_weights
+
+        with torch.device("meta"):
+            choose_weights(Decoder(run.model, vocab_size=1), train, run.seed)
 
 
 def _check_device(run: TrainingRun) -> None:

@@ -22,7 +22,7 @@ from flows.serving.publish import lock_repository
 from flows.serving.server import InferenceServer
 from flows.serving.watch import RepositoryWatcher, find_models, repository_state
 
-LOGGER = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def serve(config: Config) -> None:
@@ -42,7 +42,7 @@ def serve(config: Config) -> None:
     with ExitStack() as running:
         with lock_repository(repository):  # nobody publishes while the versions to load are being chosen
             state = repository_state(repository)
-            LOGGER.info("Loading %s from %s", ", ".join(state), repository)
+            logger.info("Loading %s from %s", ", ".join(state), repository)
             server = running.enter_context(
                 InferenceServer(
                     repository,
@@ -56,12 +56,12 @@ def serve(config: Config) -> None:
                     exit_timeout_s=options.exit_timeout_s,
                 )
             )
-        LOGGER.info("%s", ready_message(server))
+        logger.info("%s", ready_message(server))
         watcher = RepositoryWatcher(server, repository, state)
         while not stop.wait(options.poll_interval_s):
             server.check_running()
             watcher.look()
-        LOGGER.info("Stopping; requests in flight have %s s to end.", options.exit_timeout_s)
+        logger.info("Stopping; requests in flight have %s s to end.", options.exit_timeout_s)
 
 
 def ready_message(server: InferenceServer) -> str:

@@ -32,7 +32,7 @@ from flows.run_record import RunRecord, report_path, run_dir
 from flows.show_in_prefect import show_in_prefect
 from flows.temporary_server import start_prefect_api
 
-LOGGER = logging.getLogger("flows")
+logger = logging.getLogger("flows")
 
 
 @task(cache_policy=NO_CACHE)
@@ -54,7 +54,7 @@ def train(overrides: Sequence[str] = (), config: Config | None = None) -> State[
         overrides: What a command line would say, composed when the run starts; for deployments.
         config: A configuration that has been composed already; wins over `overrides`.
     """
-    LOGGER.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO)
     try:
         config = config or compose_config(overrides)
         check(config)
@@ -78,7 +78,7 @@ def _run_chain(config: Config) -> ChainResult:
         started = time.monotonic()
         found, reason = store.find(stage)
         why = reason if found else record.why_it_runs(stage, reason)
-        LOGGER.info("%s: %s: %s", stage.name, "skipped" if found else "runs", why)
+        logger.info("%s: %s: %s", stage.name, "skipped" if found else "runs", why)
         as_named = run_stage.with_options(name=stage.name, task_run_name=stage.name)
         state = as_named(stage, store, found, return_state=True)
         if not state.is_completed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from flows.config.checks import ConfigError, RunError, require
 from flows.config.compression import EvaluateConfig, GatingConfig, QualityConfig, QuantizeConfig
 from flows.config.data import DataConfig
 from flows.config.engine import EngineConfig
+from flows.config.hardware import PlanConfig
 from flows.config.launcher import LauncherConfig
 from flows.config.model import ModelConfig
 from flows.config.serving import (
@@ -27,7 +29,7 @@ from flows.config.serving import (
 from flows.config.tracking import TrackingConfig
 from flows.config.training import DistillConfig, Objective, TrainConfig, TrainingRun
 
-__all__ = ["Config", "ConfigError", "RunError", "from_json", "to_json", "to_plain"]
+__all__ = ["Config", "ConfigError", "RunError", "flat_settings", "from_json", "to_json", "to_plain"]
 
 Section = TypeVar("Section")
 
@@ -48,6 +50,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -79,6 +82,15 @@ class Config:
             f"is not a candidate of this run, which makes {self.candidates}",
             f"Set publish.candidate={AUTO_CANDIDATE}, or one of them.",
         )
+        for section, model in {"model": self.model, "distill.student": self.distill.student}.items():
+            weights = model.initial_weights
+            require(
+                weights is None or self.data.tokenizer.directory is not None,
+                f"{section}.initial_weights",
+                weights,
+                "know the tokens that they were trained on and no others, and data.tokenizer.directory is null",
+                f"Set data.tokenizer.directory={weights}, which must hold its tokenizer.json.",
+            )
         for length in self.verify.lengths:
             require(
                 length <= self.data.sequence_length,
@@ -130,7 +142,12 @@ class Config:
 
     def quality(self) -> QualityConfig:
         """Measurement of each candidate on the test split."""
-        return QualityConfig(max_tokens=self.evaluate.max_tokens, sequence_length=self.data.sequence_length)
+        return QualityConfig(
+            max_tokens=self.evaluate.max_tokens,
+            sequence_length=self.data.sequence_length,
+            document_masks=self.data.document_masks,
+            mixture=self.data.weights,
+        )
 
     def gating(self) -> GatingConfig:
         """Choice among the candidates."""
@@ -169,12 +186,27 @@ class Config:
             seed=self.seed,
             temperature=temperature,
             alpha=alpha,
+            document_masks=self.data.document_masks,
+            mixture=self.data.weights,
         )
 
 
 def to_plain(section: Any) -> Any:
     """The section as JSON-ready values (dict, list, str, number, None)."""
     return TypeAdapter(type(section)).dump_python(section, mode="json")
+
+
+def flat_settings(section: Any) -> dict[str, Any]:
+    """The section as dotted names and JSON-ready values."""
+
+    def walk(plain: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in plain.items():
+            if isinstance(value, dict) and value:
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    return dict(walk(to_plain(section), ""))
 
 
 def to_json(section: Any) -> str:

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 class ConfigError(ValueError):
     """A mistake in the configuration, worded for its user; command lines print it without a traceback."""
 
+    exit_code = 2
+
 
 class RunError(RuntimeError):
     """A fault of a run, worded for its user; command lines print it without a traceback."""
+
+    exit_code = 1
 
 
 def require(holds: bool, field: str, value: object, rule: str, remedy: str) -> None:

@@ -94,6 +94,10 @@ class QualityConfig:
     max_tokens: int
     sequence_length: int
     """Context, in tokens."""
+    document_masks: bool = False
+    """Whether documents that share a sequence are told apart."""
+    mixture: dict[str, int] = field(default_factory=dict)
+    """Weight of each corpus by name; empty = there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The update rule and its constants."""
+"""The update rule and its constants; conf/train/optimizer has a file of constants for each rule, with their source."""
 
 from __future__ import annotations
 
@@ -9,30 +9,38 @@ from flows.config.checks import require, require_fraction, require_positive
 
 
 class Optimizer(StrEnum):
-    """Update rules, all from torch.optim, so that no compiler is needed."""
+    """Update rules in plain torch, so that no compiler is needed on CPU or GPU."""
 
     adamw = "adamw"
     adam = "adam"
     sgd = "sgd"
     rmsprop = "rmsprop"
+    lion = "lion"
+    muon = "muon"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Update rule and its constants."""
+    """Update rule and its constants; choose both at once: `train/optimizer=lion`."""
 
     name: Optimizer = Optimizer.adamw
+    """The rule alone; its constants stay as they are, unlike with `train/optimizer=lion`."""
     learning_rate: float = 3e-3
     """Peak, reached after warm-up."""
     weight_decay: float = 0.1
-    """Applied to matrices only; norms are left alone."""
+    """Applied to matrices only: norms and biases are left alone. Decoupled for AdamW (arXiv:1711.05101), Lion and Muon,
+    part of the gradient for the others."""
+    decay_embeddings: bool = True
+    """Embeddings decay like other matrices, as in GPT-2's and Llama's recipes; OLMo 2 leaves them alone
+    (arXiv:2501.00656), which is said to keep their norms healthy."""
     beta1: float = 0.9
-    """First moment of AdamW and Adam."""
+    """First moment of AdamW and Adam, also of the AdamW beside Muon; share of the momentum in Lion's update."""
     beta2: float = 0.95
-    """Second moment of AdamW and Adam; smoothing constant of RMSprop."""
+    """Second moment of AdamW and Adam, also of the AdamW beside Muon; smoothing constant of RMSprop; Lion's
+    momentum."""
     eps: float = 1e-8
     momentum: float = 0.9
-    """For SGD."""
+    """Of SGD, RMSprop and Muon."""
 
     def __post_init__(self) -> None:
         require_positive("train.optimizer", self, ["learning_rate", "eps"])

@@ -83,9 +83,9 @@ def render_help(doc: str, conf_dir: Path) -> str:
         conf_dir: Directory of the configuration groups.
     """
     lines = [doc.strip(), "", "Groups: choose one file each, e.g. `data=files`; an experiment comes on top with `+`"]
-    for group in sorted(path for path in conf_dir.iterdir() if path.is_dir() and path.name != "deployment"):
-        mark = "+" if group.name == "experiment" else ""
-        lines.append(f"  {mark + group.name:<12} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}")
+    for group in sorted(path for path in conf_dir.rglob("*") if path.is_dir() and path.name != "deployment"):
+        name = ("+" if group.name == "experiment" else "") + group.relative_to(conf_dir).as_posix()
+        lines.append(f"  {name:<16} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}")
     lines += [
         "",
         "Settings: type, default of the schema and meaning; `--cfg job` prints the values that a command would use",

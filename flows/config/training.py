@@ -8,8 +8,9 @@ from enum import StrEnum
 from flows.config.checks import require, require_fraction, require_positive
 from flows.config.engine import EngineConfig
 from flows.config.launcher import LauncherConfig
+from flows.config.lora import LoraConfig
 from flows.config.model import ModelConfig
-from flows.config.optimizer import OptimizerConfig
+from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.tracking import TrackingConfig
 
 
@@ -19,6 +20,7 @@ class Schedule(StrEnum):
     cosine = "cosine"
     linear = "linear"
     constant = "constant"
+    wsd = "wsd"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +38,20 @@ class TrainConfig:
     warmup_steps: int = 20
     """Steps in which the learning rate rises linearly to its peak."""
     min_learning_rate_ratio: float = 0.1
-    """Last learning rate as a share of the peak, for cosine and linear."""
+    """Last learning rate as a share of the peak, for cosine, linear and wsd."""
+    decay_share: float = 0.2
+    """Share of all steps in which wsd (warm-up, stable, decay; arXiv:2404.06395) lets the rate fall; more than 0.2
+    gains little (arXiv:2405.18392)."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
+    trainable: tuple[str, ...] = ()
+    """Glob patterns of the weights to train, e.g. `lm_head.weight`; empty = all. Others keep every bit."""
+    freeze: tuple[str, ...] = ()
+    """Glob patterns of weights that keep every bit, e.g. `model.layers.0.*`; comes after `trainable`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    ema_decay: float = 0.0
+    """Share of the old average kept at each step of an exponential moving average of the weights, in float32, which is
+    then evaluated and saved as the model; 0 = none, 0.999 is usual. Rises with the steps: step / (step + 9) at most."""
     eval_interval_steps: int = 100
     """Validation loss is measured each time this many steps are done, and after the last."""
     eval_tokens: int = 65_536
@@ -61,7 +74,23 @@ class TrainConfig:
             "train", self, ["max_steps", "global_batch_size", "micro_batch_size", "eval_interval_steps", "eval_tokens"]
         )
         require_positive("train", self, ["checkpoint_interval_steps", "keep_checkpoints", "log_interval_steps"])
-        require_fraction("train", self, ["min_learning_rate_ratio"])
+        require_fraction("train", self, ["min_learning_rate_ratio", "decay_share"])
+        require(
+            0 <= self.ema_decay < 1,
+            "train.ema_decay",
+            self.ema_decay,
+            "must be 0 or more and below 1, which would keep the first weights for ever",
+            "Set train.ema_decay=0.999.",
+        )
+        for name in ("trainable", "freeze"):
+            patterns = list(getattr(self, name))
+            require(
+                not (patterns and self.lora.enabled),
+                f"train.{name}",
+                patterns,
+                f"cannot be combined with train.lora.rank={self.lora.rank}: adapters freeze every other weight",
+                "Name modules to train in full in train.lora.replaced.",
+            )
         require(
             self.warmup_steps >= 0,
             "train.warmup_steps",
@@ -136,6 +165,10 @@ class TrainingRun:
     """Read by distillation only."""
     alpha: float = 1.0
     """Read by distillation only."""
+    document_masks: bool = False
+    """Whether documents that share a sequence are told apart."""
+    mixture: dict[str, int] = field(default_factory=dict)
+    """Weight of each corpus by name; empty = there is one."""
 
     @property
     def model_section(self) -> str:
@@ -157,4 +190,18 @@ class TrainingRun:
             f"must be a multiple of train.micro_batch_size={self.train.micro_batch_size} x "
             f"launcher.num_ranks={self.launcher.num_ranks} = {per_micro_step}",
             f"Set train.global_batch_size={nearest}.",
+        )
+        require(
+            not (self.train.optimizer.name == Optimizer.muon and self.engine.zero_stage == 3),
+            "train.optimizer.name",
+            self.train.optimizer.name,
+            "cannot be combined with engine.zero_stage=3, which cuts every matrix over ranks: Muon needs whole ones",
+            "Set engine.zero_stage=2, or train/optimizer=adamw.",
+        )
+        require(
+            not self.train.lora.enabled or self.model.initial_weights is not None,
+            "train.lora.rank",
+            self.train.lora.rank,
+            f"needs trained weights to adapt, and {self.model_section}.initial_weights is null",
+            f"Set {self.model_section}.initial_weights to a Hugging Face directory, or train.lora.rank=0.",
         )

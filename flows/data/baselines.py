@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,44 +12,75 @@ from numpy.typing import NDArray
 
 from flows.artifact import Artifact, write_json_atomically
 from flows.config.checks import require
-from flows.data.encode import INDEX
+from flows.config.data import MAIN, corpus_role
+from flows.data.encode import corpus_dir
+from flows.data.packed import map_shards, read_index
 from flows.data.splits import read_documents_of
+from flows.data.whole_documents import map_loss_masks
 
 XZ_LIMIT_BYTES = 8 * 2**20
 CHUNK_TOKENS = 2**22
 
 
-def build(directory: Path, config: None, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
+def build(directory: Path, config: Mapping[str, int] | None, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
     """Writes and returns the bits per byte of a unigram model of the tokens and of `xz -9`, on the test split.
 
     Args:
         directory: Gets `baselines.json`.
-        config: There is nothing to choose.
-        parents: `tokens` and `corpus`.
+        config: Weights of the corpora of a mixture, by name; both baselines read them in these shares of tokens.
+        parents: `tokens`, `tokenizer` and the corpora.
 
     Raises:
         ConfigError: There is no test split.
     """
-    tokens = parents["tokens"].path
-    index = json.loads((tokens / INDEX).read_text())
-    test = index["splits"]["test"]
-    require(test["tokens"] > 0, "data.corpus.test_fraction", 0, "leaves no text to measure on", "Set it to 0.03.")
-    text = first_bytes(parents["corpus"].path, "test", XZ_LIMIT_BYTES)
+    weights = config or {MAIN: 1}
+    places = {name: corpus_dir(parents["tokens"].path, name) for name in weights}
+    counted = {name: token_counts(place, "test") for name, place in places.items()}
+    for counts in counted.values():
+        require(counts.sum() > 0, "data.corpus.test_fraction", 0, "leaves no text to measure on", "Set it to 0.03.")
+    token_bytes = np.load(parents["tokenizer"].path / "token_bytes.npy")
+    test = in_shares(counted, weights)
+    train = in_shares({name: token_counts(place, "train") for name, place in places.items()}, weights)
+    texts = {name: first_bytes(parents[corpus_role(name)].path, "test", XZ_LIMIT_BYTES) for name in weights}
+    xz_bits_of = {
+        name: float(counts @ token_bytes) * xz_bits(texts[name]) / len(texts[name]) for name, counts in test.items()
+    }
+    mixed_bytes = float(summed(test) @ token_bytes)
     metrics = {
-        "unigram_bits_per_byte": unigram_bits(token_counts(tokens, "train"), token_counts(tokens, "test"))
-        / test["bytes"],
-        "xz_bits_per_byte": xz_bits(text) / len(text),
-        "xz_bytes_read": len(text),
-        "test_tokens": test["tokens"],
-        "test_bytes": test["bytes"],
+        "unigram_bits_per_byte": unigram_bits(summed(train), summed(test)) / mixed_bytes,
+        "xz_bits_per_byte": sum(xz_bits_of.values()) / mixed_bytes,
+        "xz_bytes_read": sum(map(len, texts.values())),
+        "test_tokens": sum(int(counts.sum()) for counts in counted.values()),
+        "test_bytes": sum(int(counts @ token_bytes) for counts in counted.values()),
     }
     write_json_atomically(directory / "baselines.json", metrics)
     return metrics
 
 
+def in_shares(counts: Mapping[str, NDArray[np.int64]], weights: Mapping[str, int]) -> dict[str, NDArray[np.float64]]:
+    """Token counts of each corpus, scaled so that their sums are in the shares of the weights and add up as before."""
+    everything, turns = sum(int(count.sum()) for count in counts.values()), sum(weights.values())
+    return {name: count * (everything * weights[name] / turns / count.sum()) for name, count in counts.items()}
+
+
+def summed(counts: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Counts of all corpora together."""
+    total: NDArray[np.float64] = np.sum(list(counts.values()), axis=0)
+    return total
+
+
 def token_counts(directory: Path, split: str) -> NDArray[np.int64]:
-    """How often each token occurs in a split of a tokens artifact, end-of-text included: int64 [vocab]."""
-    index = json.loads((directory / INDEX).read_text())
+    """How often each token that counts occurs in a split of a tokens artifact, int64 [vocab].
+
+    Of plain text all tokens count, end-of-text included; of conversations the answers.
+    """
+    index = read_index(directory)
+    if index.get("whole_documents"):
+        shards = zip(map_shards(directory, split), map_loss_masks(directory, split), strict=True)
+        return sum(
+            (np.bincount(ids[mask != 0], minlength=index["vocab_size"]) for ids, mask in shards),
+            np.zeros(index["vocab_size"], np.int64),
+        )
     counts = np.zeros(index["vocab_size"], np.int64)
     for shard in index["splits"][split]["shards"]:
         with (directory / shard["file"]).open("rb") as file:
@@ -59,7 +89,7 @@ def token_counts(directory: Path, split: str) -> NDArray[np.int64]:
     return counts
 
 
-def unigram_bits(train_counts: NDArray[np.int64], test_counts: NDArray[np.int64]) -> float:
+def unigram_bits(train_counts: NDArray[Any], test_counts: NDArray[Any]) -> float:
     """Bits that the test tokens cost under add-one smoothed frequencies of the train tokens."""
     probabilities = (train_counts + 1) / (train_counts.sum() + len(train_counts))
     return float(-(test_counts * np.log2(probabilities)).sum())

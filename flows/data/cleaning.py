@@ -6,7 +6,7 @@ import re
 import unicodedata
 from enum import StrEnum
 
-from flows.config.data import CorpusConfig, UnicodeForm
+from flows.config.data import CorpusConfig, Format, UnicodeForm
 
 NEWLINES = re.compile(r"\r\n?")
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -22,6 +22,8 @@ class Dropped(StrEnum):
     bad_utf8 = "bad UTF-8"
     broken_json = "broken json line"
     missing_field = "missing field"
+    not_a_conversation = "not a conversation"
+    no_answer = "no answer by the assistant"
 
 
 def cleaned(text: str, unicode_form: UnicodeForm) -> str:
@@ -36,8 +38,10 @@ def usable_text(content: bytes | str, config: CorpusConfig) -> str | Dropped:
     """The cleaned text of a raw document, or the reason why there is none.
 
     A byte order mark is removed. NUL marks a binary document; white space alone is an empty one. A lone surrogate,
-    which a JSON string can spell, has no UTF-8 form.
+    which a JSON string can spell, has no UTF-8 form. Messages were cleaned one by one when they were read.
     """
+    if config.format != Format.text and isinstance(content, str):
+        return content
     try:
         if isinstance(content, bytes):
             if b"\0" in content:

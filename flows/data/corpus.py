@@ -27,7 +27,7 @@ def fingerprint(config: CorpusConfig) -> str:
 
 
 def build(directory: Path, config: CorpusConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
-    """Writes `train.parquet`, `validation.parquet` and `test.parquet` with columns `name` and `text`.
+    """Writes `train.parquet`, `validation.parquet` and `test.parquet` with columns `name` and `text`, or `messages`.
 
     Raises:
         ConfigError: No document, or fewer than there are splits, is usable; the message counts why.

@@ -7,23 +7,30 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from flows.artifact import Artifact, write_json_atomically
-from flows.config.data import EncodeConfig
-from flows.data.splits import SPLITS, read_documents_of
-from flows.data.tokenizer import END_OF_TEXT_ID, load_tokenizer
+from flows.config.checks import require
+from flows.config.data import MAIN, EncodeConfig, corpus_name, corpus_role
+from flows.data.conversations import encode_conversations
+from flows.data.splits import SPLITS, holds_conversations, read_stored
+from flows.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 
 INDEX = "index.json"
+EncodeBatch = Callable[[Tokenizer, list[str], int, np.dtype[Any], int], "EncodedBatch"]
+"""(tokenizer, texts, their bytes, dtype of the ids, id that closes a text) -> the encoded texts."""
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
@@ -34,49 +41,113 @@ class EncodedBatch:
     documents: list[NDArray[Any]]
     """Ids of each document, end-of-text token included."""
     text_bytes: int
+    loss: list[NDArray[np.uint8]] | None = None
+    """For conversations: which ids count, for each document."""
+    cut: int = 0
+    """Documents that were longer than allowed."""
+    unanswered: int = 0
+    """Documents left out, because no answer begins within the allowed length."""
 
 
 def build(directory: Path, config: EncodeConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
     """Writes the shards of every split and `index.json`, which describes them.
 
     `<split>-<number>.bin` holds raw little-endian ids, `<split>-<number>.documents.npy` the int64 offset of each
-    document's first token. No document straddles two shards.
+    document's first token, and for conversations `<split>-<number>.loss.bin` a byte for each token: 1 if it counts. No
+    document straddles two shards. The further corpora of a mixture lie in directories of their own, of the same form.
+
+    Raises:
+        ConfigError: No token of a corpus's training split counts.
     """
-    tokenizer_dir = parents["tokenizer"].path
-    vocab_size = load_tokenizer(tokenizer_dir).get_vocab_size()
-    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-    corpus = parents["corpus"]
-    total_bytes = sum(split["bytes"] for split in corpus.metrics["splits"].values())
-    splits = {}
+    corpora = {role: corpus for role, corpus in parents.items() if role.startswith(corpus_role(MAIN))}
+    total_bytes = sum(split["bytes"] for corpus in corpora.values() for split in corpus.metrics["splits"].values())
     started = time.perf_counter()
+    sizes: dict[str, dict[str, dict[str, int]]] = {}
     with tqdm(desc="encode", total=total_bytes, unit="B", unit_scale=True, disable=None) as progress:
-        for split in SPLITS:
-            writer = _ShardWriter(directory, split, config.shard_bytes)
-            texts = (text for _, text in read_documents_of(corpus.path, split))
-            for batch in encode_batches(tokenizer_dir, texts, config.batch_bytes, dtype):
-                writer.write(batch)
-                progress.update(batch.text_bytes)
-            splits[split] = writer.finish()
+        for role, corpus in corpora.items():
+            name = corpus_name(role)
+            place = corpus_dir(directory, name)
+            place.mkdir(exist_ok=True)
+            sizes[name] = _encode_corpus(place, config, corpus.path, parents["tokenizer"].path, progress)
     seconds = time.perf_counter() - started
-    index = {
-        "dtype": dtype.name,
-        "vocab_size": vocab_size,
-        "eos_token_id": END_OF_TEXT_ID,
-        "splits": splits,
-    }
-    write_json_atomically(directory / INDEX, index)
-    sizes = {
-        split: {name: value for name, value in entry.items() if name != "shards"} for split, entry in splits.items()
+    splits = {
+        split: {key: sum(size[split][key] for size in sizes.values()) for key in ("tokens", "documents", "bytes")}
+        for split in SPLITS
     }
     return {
-        "splits": sizes,
-        "bytes_per_token": total_bytes / sum(entry["tokens"] for entry in sizes.values()),
+        "splits": splits if len(sizes) > 1 else sizes[MAIN],
+        "bytes_per_token": total_bytes / sum(entry["tokens"] for entry in splits.values()),
         "megabytes_per_second": total_bytes / 1e6 / seconds,
+        **({"corpora": sizes} if len(sizes) > 1 else {}),
     }
+
+
+def corpus_dir(directory: Path, name: str) -> Path:
+    """Where a tokens artifact keeps the corpus of that name."""
+    return directory if name == MAIN else directory / name
+
+
+def _encode_corpus(
+    directory: Path, config: EncodeConfig, corpus_path: Path, tokenizer_dir: Path, progress: tqdm[Any]
+) -> dict[str, dict[str, int]]:
+    """Writes one corpus; what its index says about each split, but for the shards."""
+    vocab_size, end = vocabulary_size(tokenizer_dir), end_of_text_id(tokenizer_dir)
+    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+    conversations = holds_conversations(corpus_path)
+    encode = partial(_as_conversations, max_tokens=config.max_conversation_tokens) if conversations else _as_texts
+    splits = {}
+    for split in SPLITS:
+        writer = _ShardWriter(directory, split, config.shard_bytes)
+        texts = (text for _, text in read_stored(corpus_path, split))
+        for batch in encode_batches(tokenizer_dir, texts, config.batch_bytes, dtype, encode):
+            writer.write(batch)
+            progress.update(batch.text_bytes)
+        splits[split] = writer.finish()
+    kind = {"whole_documents": True} if conversations else {}
+    write_json_atomically(
+        directory / INDEX,
+        {"dtype": dtype.name, "vocab_size": vocab_size, "eos_token_id": end, **kind, "splits": splits},
+    )
+    if conversations:
+        train = splits["train"]
+        require(
+            train["loss_tokens"] > 0,
+            "data.corpus.format",
+            "messages",
+            f"leaves no token to learn: in {train['unanswered']} conversations no answer begins within the first "
+            f"{config.max_conversation_tokens} tokens",
+            "Set a longer data.sequence_length, or look at the roles of the messages.",
+        )
+    return {
+        split: {name: value for name, value in entry.items() if name != "shards"} for split, entry in splits.items()
+    }
+
+
+def _as_texts(tokenizer: Tokenizer, batch: list[str], text_bytes: int, dtype: np.dtype[Any], end: int) -> EncodedBatch:
+    encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+    return EncodedBatch([np.array([*encoding.ids, end], dtype) for encoding in encodings], text_bytes)
+
+
+def _as_conversations(
+    tokenizer: Tokenizer, batch: list[str], text_bytes: int, dtype: np.dtype[Any], end: int, max_tokens: int | None
+) -> EncodedBatch:
+    encoded = encode_conversations(tokenizer, batch, end, max_tokens, dtype)
+    kept = [one for one in encoded if one.loss.any()]
+    return EncodedBatch(
+        [one.ids for one in kept],
+        text_bytes,
+        [one.loss for one in kept],
+        cut=sum(one.cut for one in kept),
+        unanswered=len(encoded) - len(kept),
+    )
 
 
 def encode_batches(
-    tokenizer_dir: Path, texts: Iterable[str], batch_bytes: int, dtype: np.dtype[Any]
+    tokenizer_dir: Path,
+    texts: Iterable[str],
+    batch_bytes: int,
+    dtype: np.dtype[Any],
+    encode_batch: EncodeBatch = _as_texts,
 ) -> Iterator[EncodedBatch]:
     """Yields the texts' token ids in order, while the next batches are read and encoded, one on each core.
 
@@ -84,12 +155,12 @@ def encode_batches(
     takes a third of their speed on two cores.
     """
     own = threading.local()
+    end = end_of_text_id(tokenizer_dir)
 
     def encode(batch: list[str], text_bytes: int) -> EncodedBatch:
         if not hasattr(own, "tokenizer"):
             own.tokenizer = load_tokenizer(tokenizer_dir)
-        encodings = own.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        return EncodedBatch([np.array([*encoding.ids, END_OF_TEXT_ID], dtype) for encoding in encodings], text_bytes)
+        return encode_batch(own.tokenizer, batch, text_bytes, dtype, end)
 
     cores = len(os.sched_getaffinity(0))
     with _library_threads_off(), ThreadPoolExecutor(cores) as pool:
@@ -140,13 +211,28 @@ class _ShardWriter:
         self._file: BinaryIO | None = None
         self._starts = array("q")
         self._tokens = 0
+        self._loss: BinaryIO | None = None
+        self._counts: dict[str, int] = {}
+        """For conversations: tokens that count, documents cut and left out."""
 
     def write(self, batch: EncodedBatch) -> None:
         self._text_bytes += batch.text_bytes
-        for ids in batch.documents:
+        if batch.loss is not None:
+            counts = {
+                "loss_tokens": sum(int(loss.sum()) for loss in batch.loss),
+                "cut": batch.cut,
+                "unanswered": batch.unanswered,
+            }
+            self._counts = {name: self._counts.get(name, 0) + count for name, count in counts.items()}
+        masks = batch.loss or repeat(None)
+        for ids, mask in zip(batch.documents, masks, strict=False):
             if self._file is None:
                 self._file = (self._directory / f"{self._name}.bin").open("wb")
+                if mask is not None:
+                    self._loss = (self._directory / f"{self._name}.loss.bin").open("wb")
             self._file.write(ids.data)
+            if self._loss is not None and mask is not None:
+                self._loss.write(mask.data)
             self._starts.append(self._tokens)
             self._tokens += len(ids)
             if self._tokens * ids.itemsize >= self._shard_bytes:
@@ -159,6 +245,7 @@ class _ShardWriter:
             "tokens": sum(shard["tokens"] for shard in self._shards),
             "documents": sum(shard["documents"] for shard in self._shards),
             "bytes": self._text_bytes,
+            **self._counts,
             "shards": self._shards,
         }
 
@@ -170,6 +257,9 @@ class _ShardWriter:
         if self._file is None:
             return
         self._file.close()
+        if self._loss is not None:
+            self._loss.close()
+            self._loss = None
         np.save(self._directory / f"{self._name}.documents.npy", np.array(self._starts, "<i8"))
         self._shards.append({"file": f"{self._name}.bin", "tokens": self._tokens, "documents": len(self._starts)})
         self._file, self._starts, self._tokens = None, array("q"), 0

@@ -1,18 +1,54 @@
-"""Encoded shards as training sequences, and the order in which an endless stream visits them."""
+# Shape letters are upper case.
+"""Encoded shards as training sequences, and the order in which an endless stream visits them.
+
+Shape letters: L tokens predicted in a sequence.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flows.config.checks import ConfigError
 from flows.data.encode import INDEX
+from flows.data.order import sample_order
 
-FEISTEL_ROUNDS = 6
+__all__ = ["IGNORED", "PackedDataset", "Row", "Sequences", "map_shards", "row_of", "sample_order"]
+
+IGNORED = -100
+"""Target that adds nothing to the loss; torch.nn.functional.cross_entropy's default."""
+
+
+class Row(NamedTuple):
+    """One sequence as a model is trained on it."""
+
+    input_ids_L: NDArray[np.int64]
+    targets_L: NDArray[np.int64]
+    """`IGNORED` where no loss is taken."""
+    document_ids_L: NDArray[np.int64]
+    """Number of the token's document within the row; all 0 where documents may look at each other."""
+
+
+class Sequences(Protocol):
+    """A split as sequences of L + 1 tokens, and the order in which they are visited."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        """Tokens of sequence `index`, int64 [L + 1]."""
+
+    def row(self, index: int) -> Row:
+        """Sequence `index` as inputs, targets and documents."""
+
+    def order(self, start: int, count: int, seed: int) -> NDArray[np.int64]:
+        """Indices at positions `start` to `start + count` of an endless shuffled stream, int64 [count]."""
+
+    def first(self, count: int) -> NDArray[np.int64]:
+        """Indices of at most `count` sequences to evaluate on: none twice, the same ones each time."""
 
 
 class PackedDataset:
@@ -22,13 +58,14 @@ class PackedDataset:
     end, so that each token but the stream's first is predicted once. An incomplete sequence at the end is left out.
     """
 
-    def __init__(self, directory: Path, split: str, sequence_length: int) -> None:
+    def __init__(self, directory: Path, split: str, sequence_length: int, document_masks: bool = False) -> None:
         """Opens the shards.
 
         Args:
             directory: Path of the tokens artifact.
             split: `train`, `validation` or `test`.
             sequence_length: Tokens predicted in each sequence.
+            document_masks: Whether `row` tells documents apart.
 
         Raises:
             ConfigError: The split is too short for one sequence.
@@ -44,6 +81,7 @@ class PackedDataset:
             )
         self.sequence_length = sequence_length
         self._num_sequences = (num_tokens - 1) // sequence_length
+        self._eos_token_id = read_index(directory)["eos_token_id"] if document_masks else None
 
     def __len__(self) -> int:
         return self._num_sequences
@@ -63,48 +101,41 @@ class PackedDataset:
         sequence: NDArray[np.int64] = np.concatenate(parts).astype(np.int64)
         return sequence
 
+    def row(self, index: int) -> Row:
+        """Sequence `index` as inputs, targets and documents."""
+        return row_of(self[index], self._eos_token_id)
+
+    def order(self, start: int, count: int, seed: int) -> NDArray[np.int64]:
+        """Indices at positions `start` to `start + count` of an endless shuffled stream, int64 [count]."""
+        return sample_order(len(self), start, count, seed)
+
+    def first(self, count: int) -> NDArray[np.int64]:
+        """The indices of the first `count` sequences, or of all."""
+        return np.arange(min(count, len(self)))
+
+
+def row_of(tokens: NDArray[np.int64], eos_token_id: int | None) -> Row:
+    """Tokens [L + 1] as inputs, next-token targets and documents.
+
+    Args:
+        tokens: A piece of the stream.
+        eos_token_id: Token that closes each document, and occurs nowhere else: what follows it starts another one, and
+            is not a target, since nothing in the new document tells it. None = the piece counts as one document.
+    """
+    inputs, targets = tokens[:-1], tokens[1:]
+    if eos_token_id is None:
+        return Row(inputs, targets, np.zeros_like(inputs))
+    closes = inputs == eos_token_id
+    return Row(inputs, np.where(closes, IGNORED, targets), np.cumsum(closes) - closes)
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """What a tokens artifact says about its shards."""
+    index: dict[str, Any] = json.loads((directory / INDEX).read_text())
+    return index
+
 
 def map_shards(directory: Path, split: str) -> list[NDArray[Any]]:
     """The shards of a split of a tokens artifact, memory-mapped, in order."""
-    index = json.loads((directory / INDEX).read_text())
+    index = read_index(directory)
     return [np.memmap(directory / shard["file"], index["dtype"], "r") for shard in index["splits"][split]["shards"]]
-
-
-def sample_order(num_sequences: int, start: int, count: int, seed: int) -> NDArray[np.int64]:
-    """Sequence indices at positions `start` to `start + count` of an endless stream, int64 [count].
-
-    Epoch follows epoch, each a permutation of all sequences that `seed` and the epoch's number decide. Every position
-    is computed on its own, in memory for `count` alone: the order does not depend on ranks or on how it is sliced.
-    """
-    positions = np.arange(start, start + count, dtype=np.int64)
-    order = np.empty(count, np.int64)
-    for epoch in range(start // num_sequences, (start + count - 1) // num_sequences + 1):
-        inside = positions // num_sequences == epoch
-        order[inside] = _permuted(positions[inside] % num_sequences, num_sequences, seed, epoch)
-    return order
-
-
-def _permuted(values: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The values under a permutation of 0..size-1: a Feistel network over the next power of four, walked until inside.
-
-    Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002.
-    """
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(FEISTEL_ROUNDS, np.uint64)
-    half_bits = np.uint64(((size - 1).bit_length() + 1) // 2)
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    permuted = values.astype(np.uint64)
-    outside = np.arange(len(permuted))
-    while len(outside):
-        left, right = permuted[outside] >> half_bits, permuted[outside] & mask
-        for key in keys:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
-        permuted[outside] = (left << half_bits) | right
-        outside = outside[permuted[outside] >= size]
-    return permuted.astype(np.int64)
-
-
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A hash of each value: the finalizer of splitmix64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

@@ -15,8 +15,9 @@ from typing import Any
 
 from flows.artifact import digest_json
 from flows.config.checks import ConfigError, require
-from flows.config.data import CorpusConfig, Source
+from flows.config.data import CorpusConfig, Format, Source
 from flows.data.cleaning import Dropped
+from flows.data.conversations import conversation_of
 
 INSTALLED_PACKAGES = ("site-packages", "dist-packages")
 SAVED_SPLITS = "dataset_dict.json"
@@ -49,8 +50,9 @@ def check_sources(config: CorpusConfig) -> None:
     """
     if config.source != Source.huggingface:
         for file in _source_files(config):
+            _require_records(file, config)
             if file.path.suffix == ".parquet":
-                _open_parquet(file.path, config.text_field)
+                _open_parquet(file.path, config)
         return
     dataset = str(config.dataset)
     directory = _dataset_directory(config)
@@ -109,11 +111,22 @@ def _all_documents(config: CorpusConfig) -> Iterator[Document]:
     for file in _source_files(config):
         match file.path.suffix:
             case ".jsonl":
-                yield from _json_lines(file, config.text_field)
+                yield from _json_lines(file, config)
             case ".parquet":
-                yield from _parquet_rows(file, config.text_field)
+                yield from _parquet_rows(file, config)
             case _:
+                _require_records(file, config)
                 yield from _text_pieces(file, config.max_document_bytes)
+
+
+def _require_records(file: _SourceFile, config: CorpusConfig) -> None:
+    require(
+        config.format == Format.text or file.path.suffix in (".jsonl", ".parquet"),
+        "data.corpus.format",
+        config.format,
+        f"is read from .jsonl and .parquet files, and data.corpus.paths matches {file.path}",
+        "Leave that file out, or set data.corpus.format=text.",
+    )
 
 
 def _source_files(config: CorpusConfig) -> list[_SourceFile]:
@@ -192,13 +205,13 @@ def _piece_end(text: bytes, max_bytes: int) -> int:
     return end
 
 
-def _json_lines(file: _SourceFile, field: str) -> Iterator[Document]:
+def _json_lines(file: _SourceFile, config: CorpusConfig) -> Iterator[Document]:
     with file.path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            yield Document(f"{file.name}#{number}", _json_text(line, field))
+            yield Document(f"{file.name}#{number}", _json_text(line, config))
 
 
-def _json_text(line: bytes, field: str) -> bytes | str | Dropped:
+def _json_text(line: bytes, config: CorpusConfig) -> bytes | str | Dropped:
     if not line.strip():
         return Dropped.empty
     try:
@@ -207,15 +220,17 @@ def _json_text(line: bytes, field: str) -> bytes | str | Dropped:
         return Dropped.bad_utf8
     except (ValueError, RecursionError):
         return Dropped.broken_json
-    return _field_of(record, field)
+    return _content_of(record, config)
 
 
-def _field_of(record: Any, field: str) -> bytes | str | Dropped:
-    value = record.get(field) if isinstance(record, dict) else None
+def _content_of(record: Any, config: CorpusConfig) -> bytes | str | Dropped:
+    if config.format != Format.text:
+        return conversation_of(record, config)
+    value = record.get(config.text_field) if isinstance(record, dict) else None
     return value if isinstance(value, str | bytes) else Dropped.missing_field
 
 
-def _open_parquet(path: Path, field: str) -> Any:
+def _open_parquet(path: Path, config: CorpusConfig) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -225,25 +240,30 @@ def _open_parquet(path: Path, field: str) -> Any:
         raise ConfigError(
             f"data.corpus.paths matches {path}, which is not a parquet file: {error}. Mend or leave it out."
         ) from error
-    columns = file.schema_arrow.names
-    require(
-        field in columns,
-        "data.corpus.text_field",
-        field,
-        f"is not a column of {path}, which has {columns}",
-        "Set data.corpus.text_field to the column that holds the text.",
-    )
+    _require_fields(config, path, file.schema_arrow.names)
     return file
 
 
-def _parquet_rows(file: _SourceFile, field: str) -> Iterator[Document]:
-    parquet = _open_parquet(file.path, field)
+def _require_fields(config: CorpusConfig, where: object, columns: list[str]) -> None:
+    for setting, field in zip(config.field_settings, config.fields, strict=True):
+        require(
+            field in columns,
+            f"data.corpus.{setting}",
+            field,
+            f"is not a column of {where}, which has {columns}",
+            f"Set data.corpus.{setting} to the column that holds the {setting.removesuffix('_field')}.",
+        )
+
+
+def _parquet_rows(file: _SourceFile, config: CorpusConfig) -> Iterator[Document]:
+    parquet = _open_parquet(file.path, config)
+    columns = list(config.fields)
     number = 0
     for index in range(parquet.num_row_groups):
-        for batch in parquet.iter_batches(batch_size=256, row_groups=[index], columns=[field], use_threads=False):
+        for batch in parquet.iter_batches(batch_size=256, row_groups=[index], columns=columns, use_threads=False):
             for record in batch.to_pylist():
                 number += 1
-                yield Document(f"{file.name}#{number}", _field_of(record, field))
+                yield Document(f"{file.name}#{number}", _content_of(record, config))
 
 
 def _dataset_directory(config: CorpusConfig) -> Path | None:
@@ -253,14 +273,8 @@ def _dataset_directory(config: CorpusConfig) -> Path | None:
 
 def _dataset_documents(config: CorpusConfig) -> Iterator[Document]:
     for number, example in enumerate(_examples(config), 1):
-        require(
-            config.text_field in example,
-            "data.corpus.text_field",
-            config.text_field,
-            f"is not a column of {config.dataset}, which has {sorted(example)}",
-            "Set data.corpus.text_field to the column that holds the text.",
-        )
-        yield Document(f"{config.dataset_split}#{number}", _field_of(example, config.text_field))
+        _require_fields(config, config.dataset, sorted(example))
+        yield Document(f"{config.dataset_split}#{number}", _content_of(example, config))
 
 
 def _examples(config: CorpusConfig) -> Iterator[dict[str, Any]]:

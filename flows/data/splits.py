@@ -10,20 +10,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flows.config.checks import ConfigError
-from flows.config.data import CorpusConfig
+from flows.config.data import CorpusConfig, Format
+from flows.data.conversations import plain_text
 
 SPLITS = ("train", "validation", "test")
 ROW_GROUP_BYTES = 8_388_608
 """Text held in memory before it is written, and read at once."""
-SCHEMA = pa.schema([("name", pa.string()), ("text", pa.string())])
+TEXT, MESSAGES = "text", "messages"
+"""Column of a corpus of plain text, and of one of conversations (messages as JSON)."""
 
 
 def read_documents_of(directory: Path, split: str) -> Iterator[tuple[str, str]]:
-    """Iterates over (name, text) of a split of a corpus artifact, at most one row group in memory."""
-    with pq.ParquetFile(directory / f"{split}.parquet", memory_map=True) as file:
+    """Iterates over (name, text) of a split of a corpus artifact; a conversation's text is what its messages say."""
+    conversations = holds_conversations(directory)
+    for name, content in read_stored(directory, split):
+        yield name, plain_text(content) if conversations else content
+
+
+def holds_conversations(directory: Path) -> bool:
+    """Whether a corpus artifact holds conversations."""
+    return MESSAGES in pq.read_schema(directory / f"{SPLITS[0]}.parquet").names
+
+
+def read_stored(directory: Path, split: str) -> Iterator[tuple[str, str]]:
+    """Iterates over (name, text or JSON of the messages) of a split, at most one row group in memory."""
+    with pq.ParquetFile(directory / f"{split}.parquet", buffer_size=2**20) as file:
         for index in range(file.num_row_groups):
             rows = file.read_row_group(index, use_threads=False)
-            yield from zip(rows["name"].to_pylist(), rows["text"].to_pylist(), strict=True)
+            yield from zip(rows.column(0).to_pylist(), rows.column(1).to_pylist(), strict=True)
 
 
 def split_by_name(name: str, config: CorpusConfig) -> str:
@@ -46,7 +60,8 @@ class SplitWriter:
         shares = {"train": 1.0, "validation": config.validation_fraction, "test": config.test_fraction}
         self._wanted = [split for split in SPLITS if shares[split] > 0]
         self._held: list[tuple[str, str]] = []
-        self._files = {split: _ParquetWriter(directory / f"{split}.parquet") for split in SPLITS}
+        column = TEXT if config.format == Format.text else MESSAGES
+        self._files = {split: _ParquetWriter(directory / f"{split}.parquet", column) for split in SPLITS}
 
     @property
     def sizes(self) -> dict[str, dict[str, int]]:
@@ -90,10 +105,13 @@ class SplitWriter:
 class _ParquetWriter:
     """Buffers rows up to `ROW_GROUP_BYTES` of text."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, column: str) -> None:
         self.documents = 0
         self.bytes = 0
-        self._file = pq.ParquetWriter(path, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False)
+        self._schema = pa.schema([("name", pa.string()), (column, pa.string())])
+        self._file = pq.ParquetWriter(
+            path, self._schema, compression="zstd", use_dictionary=False, write_statistics=False
+        )
         self._names: list[str] = []
         self._texts: list[str] = []
         self._buffered_bytes = 0
@@ -114,5 +132,5 @@ class _ParquetWriter:
 
     def _flush(self) -> None:
         if self._names:
-            self._file.write_table(pa.table([self._names, self._texts], schema=SCHEMA))
+            self._file.write_table(pa.table([self._names, self._texts], schema=self._schema))
         self._names, self._texts, self._buffered_bytes = [], [], 0

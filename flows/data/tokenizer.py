@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from flows.artifact import Artifact
+from flows.artifact import Artifact, digest_file, digest_json, write_json_atomically
 from flows.config.data import TokenizerConfig
+from flows.data.adopted_tokenizer import adopt_tokenizer
+from flows.data.conversations import CHAT_TEMPLATE, MESSAGE_END, MESSAGE_START
 from flows.data.splits import read_documents_of
 
 END_OF_TEXT = "<|endoftext|>"
@@ -19,17 +22,34 @@ END_OF_TEXT_ID = 0
 MAX_PIECE_CHARACTERS = 65_536
 
 
+def fingerprint(config: TokenizerConfig) -> str | None:
+    """Digest of the tokenizer that is taken as it is, where there is one."""
+    if config.directory is None:
+        return None
+    return digest_json({name: digest_file(config.directory / name) for name in ("tokenizer.json", "config.json")})
+
+
 def build(directory: Path, config: TokenizerConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
-    """Writes `tokenizer.json` and `token_bytes.npy` (int64 [vocab]: UTF-8 bytes that each token stands for).
+    """Writes `tokenizer.json`, `token_bytes.npy` (int64 [vocab]: UTF-8 bytes that each token stands for), and
+    `tokenizer_config.json`, from which transformers takes the chat template.
+
+    It is trained on all corpora by size, whatever their weights: it stays the same when those change.
+
+    That of `config.directory`, where there is one, is taken as it is.
 
     A corpus too small for `vocab_size` gives fewer tokens; the metric `vocab_size` says how many.
     """
-    corpus = parents["corpus"]
-    texts = (text for _, text in read_documents_of(corpus.path, "train"))
-    tokenizer = trained_tokenizer(
-        spread_sample(texts, corpus.metrics["splits"]["train"]["bytes"], config.sample_bytes), config
-    )
+    if config.directory is not None:
+        return adopt_tokenizer(config.directory, directory)
+    corpora = list(parents.values())
+    texts = (text for corpus in corpora for _, text in read_documents_of(corpus.path, "train"))
+    size = sum(corpus.metrics["splits"]["train"]["bytes"] for corpus in corpora)
+    tokenizer = trained_tokenizer(spread_sample(texts, size, config.sample_bytes), config)
     tokenizer.save(str(directory / "tokenizer.json"))
+    write_json_atomically(
+        directory / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "chat_template": CHAT_TEMPLATE},
+    )
     lengths = bytes_per_token(tokenizer)
     np.save(directory / "token_bytes.npy", lengths)
     return {
@@ -46,15 +66,32 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
+def end_of_text_id(directory: Path) -> int:
+    """The token of a tokenizer artifact that closes a document."""
+    described = directory / "tokenizer_config.json"
+    if not described.exists():
+        return END_OF_TEXT_ID
+    end = json.loads(described.read_text())["eos_token"]
+    return int(Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(end))  # type: ignore[arg-type]
+
+
+def vocabulary_size(directory: Path) -> int:
+    """Number of tokens of a tokenizer artifact, unused ones of an adopted vocabulary included."""
+    return len(np.load(directory / "token_bytes.npy", mmap_mode="r"))
+
+
 def trained_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """A byte-level BPE tokenizer that loses nothing: text is split as for GPT-2 and every byte has a token."""
+    """A byte-level BPE tokenizer that loses nothing: text is split as for GPT-2 and every byte has a token.
+
+    The tokens of conversations are always in it, so that a model of plain text can be tuned on them later.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, MESSAGE_START, MESSAGE_END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )

@@ -19,7 +19,8 @@ from flows.artifact import Artifact, write_json_atomically
 from flows.compression.candidate import count_parameters, load_candidate
 from flows.config.checks import require
 from flows.config.compression import QualityConfig
-from flows.data.packed import PackedDataset
+from flows.data.mixture import open_split
+from flows.data.packed import IGNORED, Sequences
 
 SCORES_LIMIT = 2**25
 """Scores held at once; bounds memory to a few times 128 MiB at any vocabulary size."""
@@ -37,6 +38,7 @@ class Quality:
     bits_per_byte: float
     """Loss in bits, per byte of the text that the predicted tokens stand for."""
     tokens: int
+    """Tokens that were predicted; those that are not count neither in the loss nor in the bytes."""
     bytes: int
 
 
@@ -61,10 +63,10 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
         f"must hold one sequence of data.sequence_length={config.sequence_length} tokens",
         "Set evaluate.max_tokens=131072.",
     )
-    dataset = PackedDataset(parents["tokens"].path, "test", config.sequence_length)
+    dataset = open_split(parents["tokens"].path, "test", config.sequence_length, config.document_masks, config.mixture)
     model = load_candidate(parents["model"].path).to("cuda" if torch.cuda.is_available() else "cpu")
     token_bytes = np.load(parents["tokenizer"].path / "token_bytes.npy")
-    sequences = min(len(dataset), config.max_tokens // config.sequence_length)
+    sequences = config.max_tokens // config.sequence_length
     batch_size = max(1, min(16, SCORES_LIMIT // (config.sequence_length * model.vocab_size)))
     quality = measure_quality(model, dataset, sequences, batch_size, token_bytes)
     metrics = {**asdict(quality), "parameters": count_parameters(model)}
@@ -74,28 +76,32 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
 
 @torch.no_grad()
 def measure_quality(
-    model: nn.Module, dataset: PackedDataset, sequences: int, batch_size: int, token_bytes: NDArray[Any]
+    model: nn.Module, dataset: Sequences, sequences: int, batch_size: int, token_bytes: NDArray[Any]
 ) -> Quality:
-    """Quality over the first `sequences` of `dataset`; every token but each sequence's first is predicted once.
+    """Quality over `dataset`; every token but the first of a sequence, or of a document told apart, is predicted once.
 
     Args:
         model: Ids [B, L] to scores [B, L, V].
         dataset: Sequences of L + 1 tokens.
-        sequences: How many of them.
+        sequences: At most how many of them.
         batch_size: How many at once.
         token_bytes: UTF-8 bytes that each token stands for [V].
     """
     device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64)
     tokens = text_bytes = 0
-    with tqdm(desc="evaluate", total=sequences * dataset.sequence_length, unit="tok", disable=None) as progress:
-        for start in range(0, sequences, batch_size):
-            rows = np.stack([dataset[index] for index in range(start, min(start + batch_size, sequences))])
-            targets = torch.from_numpy(rows[:, 1:])
-            total += _loss_and_hits(model(torch.from_numpy(rows[:, :-1]).to(device)), targets.to(device))
-            tokens += targets.numel()
-            text_bytes += int(token_bytes[rows[:, 1:]].sum(dtype=np.int64))
-            progress.update(targets.numel())
+    chosen = dataset.first(sequences)
+    with tqdm(desc="evaluate", total=len(chosen), unit="sequence", disable=None) as progress:
+        for start in range(0, len(chosen), batch_size):
+            rows = [dataset.row(int(index)) for index in chosen[start : start + batch_size]]
+            inputs, targets, documents = (np.stack(part) for part in zip(*rows, strict=True))
+            masks = {"document_ids_BL": torch.from_numpy(documents).to(device)} if documents.any() else {}
+            scores = model(torch.from_numpy(inputs).to(device), **masks)
+            total += _loss_and_hits(scores, torch.from_numpy(targets).to(device))
+            predicted = targets[targets != IGNORED]
+            tokens += predicted.size
+            text_bytes += int(token_bytes[predicted].sum(dtype=np.int64))
+            progress.update(len(rows))
     assert tokens > 0, "no token was predicted"
     assert text_bytes > 0, "the predicted tokens stand for no text"
     loss, accuracy = (total / tokens).tolist()
@@ -111,5 +117,5 @@ def measure_quality(
 
 def _loss_and_hits(scores: Tensor, targets: Tensor) -> Tensor:
     flat, expected = scores.flatten(0, 1).float(), targets.flatten()
-    loss = cross_entropy(flat, expected, reduction="none").double().sum()
-    return torch.stack([loss, (flat.argmax(-1) == expected).double().sum()]).cpu()
+    loss = cross_entropy(flat, expected, ignore_index=IGNORED, reduction="none").double().sum()
+    return torch.stack([loss, (flat.argmax(-1) == expected).double().sum()]).cpu()  # no token is `IGNORED`

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from flows.config import RunError
+from flows.export.onnx_session import open_session
 
 PROGRAM = "model.onnx"
 
@@ -29,17 +29,8 @@ class Program:
     """
 
     def __init__(self, directory: Path, threads: int = 0) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        # idle threads of one program must not burn the cores that another one is timed on
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if not has_vnni():  # sums of two 8-bit products overflow 16 bits there; this asks for the exact, slower way
-            options.add_session_config_entry("session.x64quantprecision", "1")
         try:
-            self._session = onnxruntime.InferenceSession(
-                directory / PROGRAM, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = open_session(directory / PROGRAM, threads)
         except Exception as error:  # onnxruntime's own exceptions share no public base
             raise ProgramError(f"{directory / PROGRAM} cannot be loaded: {error}. Export the model again.") from error
 
@@ -52,9 +43,3 @@ class Program:
         """
         (scores,) = self._session.run(["logits"], {"input_ids": input_ids, "attention_mask": attention_mask})
         return np.asarray(scores)
-
-
-def has_vnni() -> bool:
-    """Whether this x86 processor multiplies 8-bit integers without overflow."""
-    flags = Path("/proc/cpuinfo").read_text()
-    return "avx512_vnni" in flags or "avx_vnni" in flags

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from flows.config.model import ModelConfig
+from flows.model.norm import RMSNorm
 
 
 class Attention(nn.Module):
@@ -21,17 +22,20 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.grouped = config.num_key_value_heads != config.num_attention_heads
+        q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
         """What each position gathers from those it may look at [B, L, D]; `None` allows all up to itself."""
         split = (*x_BLD.shape[:2], -1, self.head_dim)
-        q_BHLK = rotate(self.q_proj(x_BLD).view(split).transpose(1, 2), rotation)
-        k_BGLK = rotate(self.k_proj(x_BLD).view(split).transpose(1, 2), rotation)
+        q_BHLK = rotate(self.q_norm(self.q_proj(x_BLD).view(split)).transpose(1, 2), rotation)
+        k_BGLK = rotate(self.k_norm(self.k_proj(x_BLD).view(split)).transpose(1, 2), rotation)
         v_BGLK = self.v_proj(x_BLD).view(split).transpose(1, 2)
         y_BHLK = scaled_dot_product_attention(
             q_BHLK, k_BGLK, v_BGLK, allowed_B1LL, is_causal=allowed_B1LL is None, enable_gqa=self.grouped
@@ -39,16 +43,35 @@ class Attention(nn.Module):
         return self.o_proj(y_BHLK.transpose(1, 2).flatten(2))
 
 
-def allowed_keys(attention_mask_BL: Tensor) -> Tensor:
-    """Which keys each query may look at, bool [B, 1, L, L]: real ones up to itself.
+def allowed_keys(attention_mask_BL: Tensor | None, document_ids_BL: Tensor | None = None) -> Tensor | None:
+    """Which keys each query may look at, bool [B, 1, L, L]: real ones of its document, up to itself; None = all.
 
     Every query may look at itself, padding too: a row with nothing to look at would be a softmax over nothing, NaN.
     """
-    length = attention_mask_BL.shape[1]
-    order_L = torch.arange(length, device=attention_mask_BL.device)
-    causal_LL = order_L[:, None] >= order_L[None, :]
-    itself_LL = order_L[:, None] == order_L[None, :]
-    return ((attention_mask_BL[:, None, :] != 0) & causal_LL | itself_LL)[:, None]
+    given_BL = attention_mask_BL if attention_mask_BL is not None else document_ids_BL
+    if given_BL is None:
+        return None
+    order_L = torch.arange(given_BL.shape[1], device=given_BL.device)
+    allowed_BLL = (order_L[:, None] >= order_L[None, :])[None]
+    if document_ids_BL is not None:
+        allowed_BLL = allowed_BLL & (document_ids_BL[:, :, None] == document_ids_BL[:, None, :])
+    if attention_mask_BL is not None:
+        itself_LL = order_L[:, None] == order_L[None, :]
+        allowed_BLL = (attention_mask_BL[:, None, :] != 0) & allowed_BLL | itself_LL
+    return allowed_BLL[:, None]
+
+
+def positions(input_ids_BL: Tensor, attention_mask_BL: Tensor | None, document_ids_BL: Tensor | None) -> Tensor:
+    """Position of each token in its document, int64 [B or 1, L]; padding is not counted."""
+    if document_ids_BL is None:
+        if attention_mask_BL is None:
+            return torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)[None]
+        return (attention_mask_BL.cumsum(1) - 1).clamp(min=0)
+    counted_BL = torch.ones_like(document_ids_BL) if attention_mask_BL is None else attention_mask_BL
+    before_BL = counted_BL.cumsum(1) - counted_BL
+    begins_BL = torch.ones_like(document_ids_BL, dtype=torch.bool)
+    begins_BL[:, 1:] = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
+    return before_BL - before_BL.where(begins_BL, 0).cummax(1).values
 
 
 def rotary(positions_BL: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -116,13 +116,23 @@ def check_initial_weights(config: ModelConfig, section: str = "model") -> None:
         return
     with _as_config_error(config.initial_weights, section):
         found, _ = read_config(config.initial_weights)
-    for field in (field.name for field in fields(ModelConfig) if field.name not in _FREE_FIELDS):
-        wanted, has = getattr(config, field), getattr(found, field)
-        if wanted != has:
-            raise ConfigError(
-                f"{section}.{field}={wanted} does not fit {section}.initial_weights={config.initial_weights}, "
-                f"which have {field}={has}. Set {section}.{field}={has}, or choose other initial weights."
-            )
+    differing = [
+        (name, value, getattr(found, name))
+        for name, value in ((field.name, getattr(config, field.name)) for field in fields(ModelConfig))
+        if name not in _FREE_FIELDS and _effective(config, name) != _effective(found, name)
+    ]
+    if differing:
+        has = ", ".join(f"{name}={value}" for name, _, value in differing)
+        settings = " ".join(f"{section}.{name}={'null' if value is None else value}" for name, _, value in differing)
+        name, value, _ = differing[0]
+        raise ConfigError(
+            f"{section}.{name}={value} does not fit {section}.initial_weights={config.initial_weights}, "
+            f"which have {has}. Set {settings}, or choose other initial weights."
+        )
+
+
+def _effective(config: ModelConfig, field: str) -> object:
+    return config.head_dim if field == "attention_head_dim" else getattr(config, field)
 
 
 def load_initial_weights(model: Decoder, directory: Path, section: str = "model") -> None:
@@ -142,7 +152,7 @@ def load_initial_weights(model: Decoder, directory: Path, section: str = "model"
         if vocab_size != model.vocab_size:
             raise ConfigError(
                 f"{section}.initial_weights={directory} have vocab_size={vocab_size}, and this run's tokenizer "
-                f"{model.vocab_size}. Set data.tokenizer.vocab_size={vocab_size}, or choose other initial weights."
+                f"{model.vocab_size}. Set data.tokenizer.directory={directory}, or choose other initial weights."
             )
         _copy_weights(model, directory)
 

@@ -1,4 +1,4 @@
-"""A decoder's shape as Hugging Face writes it: config.json of a Llama-class model."""
+"""A decoder's shape as Hugging Face writes it: config.json of a Llama-class model, Qwen2 and Qwen3 among them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from flows.config.model import ModelConfig
 CONFIG = "config.json"
 _ASSUMED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
 """What our decoder computes where Hugging Face's leaves a choice; also what a missing key means."""
+_ASSUMED_OF_QWEN = {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False}
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 class CheckpointError(RunError):
@@ -30,9 +32,10 @@ def hugging_face_config(
         eos_token_id: Token that ends a document.
         dtype: Number format of the weights, e.g. "float32".
     """
+    model_type = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [_ARCHITECTURES[model_type]],
+        "model_type": model_type,
         "vocab_size": vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -50,8 +53,12 @@ def hugging_face_config(
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
         "torch_dtype": dtype,
-        **_ASSUMED,
+        **_assumed(model_type),
     }
+
+
+def _assumed(model_type: str) -> dict[str, Any]:
+    return _ASSUMED if model_type == "llama" else _ASSUMED_OF_QWEN
 
 
 def read_json(directory: Path) -> dict[str, Any]:
@@ -85,6 +92,9 @@ def read_config(directory: Path) -> tuple[ModelConfig, int]:
             num_hidden_layers=found["num_hidden_layers"],
             num_attention_heads=heads,
             num_key_value_heads=found.get("num_key_value_heads") or heads,
+            attention_head_dim=_own_head_dim(found),
+            qkv_bias=found["model_type"] == "qwen2",
+            qk_norm=found["model_type"] == "qwen3",
             rope_theta=float(_rope(found).get("rope_theta", 10_000.0)),
             rms_norm_eps=found.get("rms_norm_eps", 1e-6),
             initializer_range=found.get("initializer_range", 0.02),
@@ -95,10 +105,14 @@ def read_config(directory: Path) -> tuple[ModelConfig, int]:
         raise CheckpointError(f"{path} has no field {error.args[0]!r}. Copy the model again.") from error
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path} describes no decoder of ours: {error}") from error
-    head_dim = found.get("head_dim") or config.head_dim
-    if head_dim != config.head_dim:
-        raise CheckpointError(_unsupported(path, "head_dim", head_dim, f"hidden_size / heads = {config.head_dim}"))
     return config, vocab_size
+
+
+def _own_head_dim(found: dict[str, Any]) -> int | None:
+    """Width of a head where it does not follow from the hidden size; Qwen3's is 128 where config.json is silent."""
+    follows = found["hidden_size"] / found["num_attention_heads"]
+    head_dim = found.get("head_dim") or (128 if found["model_type"] == "qwen3" else follows)
+    return None if head_dim == follows else int(head_dim)
 
 
 def _rope(found: dict[str, Any]) -> dict[str, Any]:
@@ -108,9 +122,10 @@ def _rope(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_architectures(path: Path, found: dict[str, Any]) -> None:
-    if found.get("model_type") != "llama":
-        raise CheckpointError(_unsupported(path, "model_type", found.get("model_type"), "llama"))
-    for field, assumed in _ASSUMED.items():
+    model_type = found.get("model_type")
+    if model_type not in _ARCHITECTURES:
+        raise CheckpointError(_unsupported(path, "model_type", model_type, ", ".join(_ARCHITECTURES)))
+    for field, assumed in _assumed(model_type).items():
         value = found.get(field, assumed)
         if value != assumed:
             raise CheckpointError(_unsupported(path, field, value, assumed))

@@ -12,22 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from flows.config.model import ModelConfig
-from flows.model.attention import Attention, allowed_keys, rotary
-from kernels.rms_norm import rms_norm
-
-
-class RMSNorm(nn.Module):
-    """Scales each position to a root mean square of one, then by a learned weight (arXiv:1910.07467)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-        self.kernels = config.kernels.value
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """Normalized activations [B, L, D]."""
-        return rms_norm(x_BLD, self.weight, self.eps, self.kernels)
+from flows.model.attention import Attention, allowed_keys, positions, rotary
+from flows.model.norm import RMSNorm
 
 
 class FeedForward(nn.Module):
@@ -51,8 +37,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = FeedForward(config)
-        self.input_layernorm = RMSNorm(config)
-        self.post_attention_layernorm = RMSNorm(config)
+        self.input_layernorm = RMSNorm(config, config.hidden_size)
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
 
     def forward(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
         """The residual stream [B, L, D] after this layer."""
@@ -67,20 +53,17 @@ class DecoderStack(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+        self.norm = RMSNorm(config, config.hidden_size)
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta
 
-    def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None, document_ids_BL: Tensor | None = None
+    ) -> Tensor:
         """Hidden states [B, L, D]; see `Decoder.forward_hidden`."""
         x_BLD = self.embed_tokens(input_ids_BL)
-        length = input_ids_BL.shape[1]
-        if attention_mask_BL is None:
-            positions_BL = torch.arange(length, device=input_ids_BL.device)[None]
-            allowed_B1LL = None
-        else:
-            positions_BL = (attention_mask_BL.cumsum(1) - 1).clamp(min=0)
-            allowed_B1LL = allowed_keys(attention_mask_BL)
+        positions_BL = positions(input_ids_BL, attention_mask_BL, document_ids_BL)
+        allowed_B1LL = allowed_keys(attention_mask_BL, document_ids_BL)
         rotation = rotary(positions_BL, self.head_dim, self.rope_theta, x_BLD.dtype)
         for layer in self.layers:
             x_BLD = layer(x_BLD, rotation, allowed_B1LL)
@@ -108,24 +91,30 @@ class Decoder(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward_hidden(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+    def forward_hidden(
+        self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None, document_ids_BL: Tensor | None = None
+    ) -> Tensor:
         """Hidden states [B, L, D] after the final norm; `lm_head` turns any of them into scores.
 
         Args:
             input_ids_BL: Token ids, int64.
             attention_mask_BL: 1 for real tokens, 0 for padding on either side, int64; None = all are real, which is
                 faster. Positions count real tokens only. What comes out at padding is finite and without meaning.
+            document_ids_BL: Number of the document that each token belongs to, int64, never falling along a row. No
+                token looks at another document, and positions start anew with each; None = all look back at all.
         """
-        return self.model(input_ids_BL, attention_mask_BL)
+        return self.model(input_ids_BL, attention_mask_BL, document_ids_BL)
 
-    def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None, document_ids_BL: Tensor | None = None
+    ) -> Tensor:
         """Scores [B, L, V] of the token that follows each position; arguments as in `forward_hidden`."""
-        return self.lm_head(self.forward_hidden(input_ids_BL, attention_mask_BL))
+        return self.lm_head(self.forward_hidden(input_ids_BL, attention_mask_BL, document_ids_BL))
 
 
 @torch.no_grad()
 def initialize(model: Decoder, seed: int) -> None:
-    """Draws initial weights, the same ones on every rank: normal(0, `model.initializer_range`), norms one.
+    """Draws initial weights, the same ones on every rank: normal(0, `model.initializer_range`), norms one, biases zero.
 
     What writes to the residual stream is scaled by 1 / sqrt(2 layers), so that depth does not inflate it (GPT-2).
     """
@@ -133,7 +122,7 @@ def initialize(model: Decoder, seed: int) -> None:
     config = model.config
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
             continue
         std = config.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):

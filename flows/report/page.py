@@ -52,6 +52,7 @@ def render(config: Config, parents: Mapping[str, Artifact]) -> str:
         chosen=next((row for row in metrics["gates"]["candidates"] if row["name"] == metrics["gates"]["chosen"]), None),
         series=_series(config.candidates),
         figures=_candidate_figures(config, metrics) | _training_figures(config, metrics),
+        plans={name: tables.plan_rows(metrics[name]) for name in config.trained_candidates},
         layers={
             name: tables.layer_grids(metrics[name]["layers"], config.quantize.min_sqnr_db)
             for name in config.candidates
@@ -122,4 +123,6 @@ def _training_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, M
         "loss": over_steps({"train_loss": False, "validation_loss": True}, "loss, nats per token", WIDE_FIGURE_SIZE),
         "learning_rate": over_steps({"learning_rate": False}, "learning rate", FIGURE_SIZE),
         "throughput": over_steps({"tokens_per_s": False}, "tokens per second", FIGURE_SIZE),
+        "memory": over_steps({"peak_memory_bytes": False}, "peak memory of a rank, bytes", FIGURE_SIZE),
+        "grad_norm": over_steps({"grad_norm": False}, "gradient norm", FIGURE_SIZE),
     }

@@ -115,6 +115,28 @@ def versions_used(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
     return {library: ", ".join(sorted(found)) for library, found in versions.items()}
 
 
+def plan_rows(run: Mapping[str, Any]) -> list[tuple[str, float, float, str]]:
+    """What was planned for a training run and what was measured: (measure, planned, measured, unit).
+
+    Args:
+        run: Metrics of the training stage; without a plan, or where nothing was left to train, there are no rows.
+    """
+    plan, measured = run["plan"], run["measured"]
+    if plan is None or not measured:
+        return []
+    steps = run["steps"] - run["resumed_from_step"]  # time is known of those after a resumption only
+    peak = max(event["peak_memory_bytes"] for event in run["curve"] if "peak_memory_bytes" in event)
+    rows = [
+        ("Memory of a rank at its peak", plan["memory_bytes"], peak, "size"),
+        ("A step, ms", 1000 * plan["step_s"], measured["step_ms_p50"], "significant"),
+        ("Tokens per second", plan["tokens_per_s"], measured["tokens_per_s"], "count"),
+        (f"{steps} steps", steps * plan["step_s"], measured["train_s"], "duration"),
+    ]
+    if "mfu" in measured:
+        rows.append(("Share of the hardware's peak", plan["mfu"], measured["mfu"], "significant"))
+    return rows
+
+
 def settings(plain: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """A configuration as dotted names and values, as they are typed on the command line."""
     found: dict[str, str] = {}

@@ -21,12 +21,13 @@ REPOSITORY = "repo"
 STAGED_VERSION = "1"
 FILES = "files.json"
 MODEL_SOURCES = Path(__file__).parent / "models"
+SESSION_SOURCE = Path(__file__).parents[1] / "export" / "onnx_session.py"
 LIBRARY = "tokenizers.abi3.so"
 
 
 def fingerprint(config: EntryConfig) -> str:
     """Digest of what is copied into every version from outside the store: model sources and the tokenizer library."""
-    sources = {path.name: digest_file(path) for path in MODEL_SOURCES.glob("*.py")}
+    sources = {path.name: digest_file(path) for path in (*MODEL_SOURCES.glob("*.py"), SESSION_SOURCE)}
     return digest_json({**sources, LIBRARY: digest_file(tokenizer_library())})
 
 
@@ -47,6 +48,7 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
     version.mkdir(parents=True)
     shutil.copy(program / "model.onnx", version)
     _copy_sources(version, {"scores.py": "model.py", "digests.py": "digests.py"})
+    shutil.copyfile(SESSION_SOURCE, version / SESSION_SOURCE.name)
     settings = {"sequence_length": config.sequence_length, "threads": config.export.threads}
     _seal(version, settings)
     (scores / "configs").mkdir()

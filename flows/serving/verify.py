@@ -25,7 +25,7 @@ from flows.artifact import RECORDS_DIR, Artifact, library_versions, write_json_a
 from flows.compression.candidate import load_candidate
 from flows.config import RunError
 from flows.config.serving import PassportConfig
-from flows.data.packed import PackedDataset
+from flows.data.mixture import open_split
 from flows.data.tokenizer import load_tokenizer
 from flows.serving.client import Client, Transport
 from flows.serving.entry import REPOSITORY, STAGED_VERSION, read_files, version_digests
@@ -117,7 +117,7 @@ def build(directory: Path, config: PassportConfig, parents: Mapping[str, Artifac
 
 def _real_inputs(tokens: Path, config: PassportConfig) -> NDArray[np.int64]:
     """Inputs [N, L] spread over the test split."""
-    dataset = PackedDataset(tokens, "test", config.sequence_length)
+    dataset = open_split(tokens, "test", config.sequence_length)
     places = np.linspace(0, len(dataset) - 1, config.verify.real_inputs).round().astype(int)
     inputs: NDArray[np.int64] = np.stack([dataset[int(place)][: config.sequence_length] for place in places])
     return inputs

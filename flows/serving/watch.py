@@ -11,7 +11,7 @@ from flows.serving.installation import ServerError
 from flows.serving.publish import CONFIG, lock_repository
 from flows.serving.server import InferenceServer
 
-LOGGER = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def find_models(repository: Path) -> list[str]:
@@ -63,9 +63,9 @@ class RepositoryWatcher:
         try:
             self._server.load(model)
         except ServerError as error:
-            LOGGER.error("%s What was served before still is.", error)
+            logger.error("%s What was served before still is.", error)
             return False
-        LOGGER.info("%s: versions %s are served", model, self._server.ready_versions(model))
+        logger.info("%s: versions %s are served", model, self._server.ready_versions(model))
         return True
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from flows.config import RunError, from_json
 from flows.config.engine import Device
 from flows.launcher import follow_parent, speak_error
 from flows.training.job import TrainingJob
-
-EXIT_RUN_ERROR = 1
+from flows.training.out_of_memory import explain_out_of_memory, is_out_of_memory, rank_limit_bytes
+from flows.training.plan import teacher_shape
 
 
 def main(run_path: Path) -> int:
@@ -27,11 +29,28 @@ def main(run_path: Path) -> int:
     try:
         train(job)
     except RunError as error:
-        speak_error(job.log_dir, str(error))
-        print(f"error: {error}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(EXIT_RUN_ERROR)  # other ranks have failed too, or wait for us: no orderly goodbye
+        _give_up(job, str(error), error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _give_up(job, _explain(job), RunError.exit_code)
     return 0
+
+
+def _give_up(job: TrainingJob, message: str, exit_code: int) -> NoReturn:
+    speak_error(job.log_dir, message)
+    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(exit_code)  # other ranks have failed too, or wait for us: no orderly goodbye
+
+
+def _explain(job: TrainingJob) -> str:
+    import torch
+
+    vocab_size = json.loads((job.tokens_dir / "index.json").read_text())["vocab_size"]
+    on_gpu = os.environ["DS_ACCELERATOR"] == "cuda"
+    limit = torch.cuda.mem_get_info()[1] if on_gpu else rank_limit_bytes(job.run.launcher.num_ranks)
+    return explain_out_of_memory(job.run, vocab_size, on_gpu, teacher_shape(job.teacher_dir), limit)
 
 
 def _accelerator(device: Device) -> str:

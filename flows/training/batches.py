@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +14,9 @@ from torch import Tensor
 
 from flows.config import RunError
 from flows.config.training import TrainingRun
-from flows.data.packed import sample_order
+from flows.data.packed import IGNORED, Row, Sequences
 
-IGNORED = -100
-"""Target that adds nothing to the loss; torch.nn.functional.cross_entropy's default."""
+__all__ = ["IGNORED", "Batch", "GlobalBatch", "micro_batches", "to_batch"]
 
 
 class Batch(NamedTuple):
@@ -28,18 +28,27 @@ class Batch(NamedTuple):
     """int64 [micro batch, length]; `IGNORED` where no loss is taken."""
     loss_tokens: Tensor
     """Targets that count in the whole global batch, divided by the micro batches it is cut into; float32 []."""
+    document_ids_BL: Tensor | None = None
+    """int64 [micro batch, length]: number of the token's document within its row, never falling. None: each row is one
+    document, or documents may look at each other."""
 
 
-class Sequences(Protocol):
-    """Packed sequences, each int64 [sequence_length + 1]."""
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One step's data: iterates over this rank's micro batches."""
 
-    def __len__(self) -> int: ...
+    micro_batches: Sequence[Batch]
+    sample_ids: NDArray[np.int64]
+    """Indices of the sequences that all ranks loaded, in the order of the global batch."""
+    loss_tokens: int
+    """Targets that count, over all ranks."""
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]: ...
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.micro_batches)
 
 
-def micro_batches(dataset: Sequences, run: TrainingRun, step: int, device: torch.device | str) -> Iterator[Batch]:
-    """Yields this rank's micro batches of one step.
+def micro_batches(dataset: Sequences, run: TrainingRun, step: int, device: torch.device | str) -> GlobalBatch:
+    """This rank's micro batches of one step, and what all ranks have loaded for it.
 
     The global batch is the same for any number of ranks and accumulation steps: it is cut, not drawn. Its loss is the
     mean over its tokens that count, wherever they lie.
@@ -49,22 +58,32 @@ def micro_batches(dataset: Sequences, run: TrainingRun, step: int, device: torch
     """
     size, ranks, rank = run.train.micro_batch_size, dist.get_world_size(), dist.get_rank()
     batch = run.train.global_batch_size
-    order = sample_order(len(dataset), step * batch, batch, run.seed)
+    order = dataset.order(step * batch, batch, run.seed)
+    # What each rank has loaded, at its place in the global batch. The largest entry of all ranks is taken, not the
+    # sum, so that ranks that work on the same sequences do not count twice.
+    loaded = torch.full((2, batch), -1, dtype=torch.int64)
     mine = []
     for micro_step in range(run.gradient_accumulation_steps):
-        first = (micro_step * ranks + rank) * size
-        mine.append(to_batch([dataset[int(i)] for i in order[first : first + size]], device))
-    total = sum((micro_batch.loss_tokens for micro_batch in mine), torch.zeros((), device=device))
-    dist.all_reduce(total)
-    if float(total) == 0:
+        places = slice((micro_step * ranks + rank) * size, (micro_step * ranks + rank + 1) * size)
+        rows = [dataset.row(int(index)) for index in order[places]]
+        loaded[0, places] = torch.from_numpy(order[places])
+        loaded[1, places] = torch.tensor([int((row.targets_L != IGNORED).sum()) for row in rows])
+        mine.append(to_batch(rows, device))
+    loaded = loaded.to(device)
+    dist.all_reduce(loaded, dist.ReduceOp.MAX)
+    sample_ids, counts = loaded.cpu().numpy()
+    total = int(counts.sum())
+    if total == 0:
         raise RunError(f"no token of step {step + 1} counts towards the loss; look at the data of this step.")
-    share = total / (run.gradient_accumulation_steps * ranks)
-    for micro_batch in mine:
-        yield micro_batch._replace(loss_tokens=share)
+    share = torch.tensor(total / (run.gradient_accumulation_steps * ranks), device=device)
+    return GlobalBatch([micro_batch._replace(loss_tokens=share) for micro_batch in mine], sample_ids, total)
 
 
-def to_batch(sequences: list[NDArray[np.int64]], device: torch.device | str) -> Batch:
-    """Packed sequences [length + 1] each as inputs and next-token targets, with the number that count."""
-    tokens = torch.from_numpy(np.stack(sequences)).to(device)
-    targets_BL = tokens[:, 1:]
-    return Batch(tokens[:, :-1], targets_BL, (targets_BL != IGNORED).sum().float())
+def to_batch(rows: Sequence[Row], device: torch.device | str) -> Batch:
+    """Rows as one batch, with the number of their targets that count."""
+    stacked = [torch.from_numpy(np.stack(part)).to(device) for part in zip(*rows, strict=True)]
+    input_ids_BL, targets_BL, document_ids_BL = stacked
+    # Attention is faster without a mask, which only rows with a boundary in them need.
+    one_document_each = not any(row.document_ids_L[-1] for row in rows)
+    loss_tokens = (targets_BL != IGNORED).sum().float()
+    return Batch(input_ids_BL, targets_BL, loss_tokens, None if one_document_each else document_ids_BL)

@@ -18,6 +18,7 @@ from flows.config.launcher import LauncherConfig
 from flows.config.model import ModelConfig
 from flows.config.tracking import TrackingConfig
 from flows.config.training import Objective, TrainConfig, TrainingRun
+from flows.data.packed import Row, row_of, sample_order
 from flows.launcher import Heartbeat
 from flows.model.decoder import Decoder, initialize
 
@@ -86,6 +87,15 @@ class _RandomTokens:
         row: NDArray[np.int64] = self._tokens[index]
         return row
 
+    def row(self, index: int) -> Row:
+        return row_of(self[index], None)
+
+    def order(self, start: int, count: int, seed: int) -> NDArray[np.int64]:
+        return sample_order(len(self), start, count, seed)
+
+    def first(self, count: int) -> NDArray[np.int64]:
+        return np.arange(min(count, len(self)))
+
 
 def _model(training_run: TrainingRun) -> Decoder:
     model = Decoder(training_run.model, VOCAB_SIZE)
@@ -118,7 +128,6 @@ def _our_loop(training_run: TrainingRun) -> Callable[[], float]:
 
 def _bare_loop(training_run: TrainingRun) -> Callable[[], float]:
     """What a person would write: same model, batches, accumulation, clipping and fused AdamW."""
-    from flows.data.packed import sample_order
     from flows.training.objectives import cross_entropy
     from flows.training.optimizers import build_optimizer
     from flows.training.schedules import learning_rate

@@ -55,6 +55,10 @@ class TrainingState:
     best_loss: float = math.inf
     """Lowest validation loss so far, in nats per token."""
     evals_without_improvement: int = 0
+    receipt: str = ""
+    """Last link of the chain over the sequences seen so far; see `flows.training.receipts`."""
+    loss_tokens: int = 0
+    """Targets that counted so far."""
     layouts: list[dict[str, Any]] = field(default_factory=list)
     """From which step on how many ranks trained at which ZeRO stage."""
 

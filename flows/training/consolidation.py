@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flows.config import RunError
-from flows.config.model import ModelConfig
-from flows.model.checkpoint import load_decoder, save_decoder
+from flows.model.checkpoint import load_decoder
 from flows.training.engine import gather_weights
 from flows.training.fragments import own_fragments
 
+Save = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 CHUNK = 2**20
 """Elements summed at once, so that temporary tensors stay small."""
 MULTIPLIER = 0x2545F4914F6CDD1D
@@ -28,29 +28,27 @@ class ConsolidationError(RunError):
     """The file does not hold what was trained."""
 
 
-def consolidate(
-    engine: DeepSpeedEngine,
-    directory: Path,
-    config: ModelConfig,
-    vocab_size: int,
-    max_position_embeddings: int,
-    eos_token_id: int,
-) -> None:
-    """Writes the weights as they are trained now and compares what `load_decoder` reads back; all ranks call it.
+def consolidate(engine: DeepSpeedEngine, directory: Path, save: Save) -> None:
+    """Has the weights written as they are trained now, and compares what `load_decoder` reads back; all ranks call it.
 
     Digests come from each rank's part of the float32 weights, so that they see neither the gathering nor the writing
     that they check.
 
+    Args:
+        engine: Whose model it is.
+        directory: Where `save` writes.
+        save: Writes a model directory of whole weights by name, and returns those that are in it.
+
     Raises:
-        ConsolidationError: A tensor that is read back is not the one that was trained.
+        ConsolidationError: A tensor that is gathered or read back is not the one that was trained.
     """
-    parameters = dict(engine.module.model.named_parameters())
-    trained = sharded_digests(engine, parameters)
+    trained = sharded_digests(engine, dict(engine.module.model.named_parameters()))
     weights = gather_weights(engine.module.model)
     if dist.get_rank() != 0:
         return
+    _compare(trained, weights, "gathered from the ranks")
     try:
-        save_decoder(directory, weights, config, vocab_size, max_position_embeddings, eos_token_id)
+        written = save(weights)
     except (OSError, SafetensorError) as error:
         for left in directory.glob(".*.tmp"):
             left.unlink()
@@ -61,15 +59,20 @@ def consolidate(
             f"goes on from the newest."
         ) from error
     loaded = load_decoder(directory)
-    found = {name: digest(parameter.detach().flatten(), 0) for name, parameter in loaded.named_parameters()}
-    for name in sorted(trained.keys() | found.keys()):
-        if name in trained and trained[name] != found.get(name):
-            raise ConsolidationError(
-                f"{directory}: {name} is read back with digest {found.get(name)}, but was trained to {trained[name]}. "
-                f"The file system or memory is at fault; checkpoints are intact."
-            )
-    if config.tie_word_embeddings and loaded.lm_head.weight is not loaded.model.embed_tokens.weight:
+    saved = {name: digest(weight.detach().flatten(), 0) for name, weight in written.items()}
+    _compare(saved, dict(loaded.named_parameters()), f"read back from {directory}")
+    if loaded.config.tie_word_embeddings and loaded.lm_head.weight is not loaded.model.embed_tokens.weight:
         raise ConsolidationError(f"{directory}: the tied head is read back as a tensor of its own.")
+
+
+def _compare(wanted: Mapping[str, int], found: Mapping[str, Tensor], how: str) -> None:
+    for name, expected in wanted.items():
+        value = digest(found[name].detach().flatten(), 0) if name in found else None
+        if value != expected:
+            raise ConsolidationError(
+                f"{name}, {how}, has digest {value}, but was trained to {expected}. Memory, network or file system are "
+                f"at fault; checkpoints are intact."
+            )
 
 
 def sharded_digests(engine: DeepSpeedEngine, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from flows.config import ConfigError
 from flows.config.engine import Precision
+from flows.config.optimizer import Optimizer
 from flows.config.training import TrainingRun
 
 
@@ -15,12 +16,15 @@ def deepspeed_config(run: TrainingRun) -> dict[str, Any]:
     Raises:
         ConfigError: A raw key contradicts a setting of ours.
     """
+    zero: dict[str, Any] = {"stage": run.engine.zero_stage}
+    if run.train.optimizer.name == Optimizer.muon:
+        zero |= {"round_robin_gradients": False, "parameter_alignment": False}  # it finds the matrices in flat parts
     own = {
         "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
         "gradient_clipping": run.train.gradient_clipping,  # always given: DeepSpeed's default is 1.0, not off
         "bf16": {"enabled": run.engine.precision == Precision.bf16},
-        "zero_optimization": {"stage": run.engine.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,  # we log
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
+from types import ModuleType
 
 import deepspeed
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from flows.config.training import TrainingRun
 from flows.training.deepspeed_config import deepspeed_config
 from flows.training.optimizers import build_optimizer
+from flows.training.weight_average import keep_average
 
 
 def start_process_group() -> None:
@@ -21,14 +24,27 @@ def start_process_group() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Else DeepSpeed compiles a shared-memory collective for 30 s that only tensor-parallel inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _leave_out_deepspeeds_muon()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _leave_out_deepspeeds_muon() -> None:
+    """Puts empty modules in the place of DeepSpeed's Muon, which every ZeRO engine imports and none of ours uses.
+
+    Its decorators load torch's compiler: two of the six CPU seconds that a rank takes to start.
+    """
+    for module, name in (("muon_optimizer", "MuonWithAuxAdam"), ("original_muon", "muon_update")):
+        nobody = ModuleType(f"deepspeed.runtime.zero.muon.{module}")
+        setattr(nobody, name, type(name, (), {}))
+        sys.modules.setdefault(nobody.__name__, nobody)
 
 
 def build_engine(module: nn.Module, run: TrainingRun) -> DeepSpeedEngine:
     """A DeepSpeed engine around `module`; the same weights must be in it on every rank."""
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=build_optimizer(module, run.train.optimizer), config=deepspeed_config(run)
-    )
+    optimizer = build_optimizer(module, run.train.optimizer)
+    if run.train.ema_decay:
+        keep_average(optimizer)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(run))
     return engine
 
 

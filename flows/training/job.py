@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.config.training import TrainingRun
+from flows.training.hardware import Hardware
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +17,16 @@ class TrainingJob:
     directory: Path
     """The stage's artifact directory, still being made."""
     tokens_dir: Path
+    tokens_digest: str
     tokenizer_dir: Path
     teacher_dir: Path | None = None
+    hardware: Hardware | None = None
+    """What the run was planned for; None where this machine's peak is not known."""
+
+    @property
+    def name(self) -> str:
+        """The artifact's key: the same when the run is resumed, and no other run's."""
+        return self.directory.name.removesuffix(".partial")
 
     @property
     def log_dir(self) -> Path:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from flows.artifact import write_json_atomically
-from flows.config import RunError
+from flows.config import RunError, flat_settings
 from flows.config.model import Kernels
 from flows.config.training import Objective, TrainConfig, TrainingRun
-from flows.data.packed import PackedDataset
+from flows.data.mixture import epochs, open_split
+from flows.data.packed import Sequences
 from flows.launcher import Heartbeat
 from flows.model.checkpoint import load_decoder, load_initial_weights
 from flows.model.decoder import Decoder, initialize
@@ -27,7 +28,14 @@ from flows.training.engine import build_engine, close_engine, set_learning_rate,
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
-from flows.training.schedules import learning_rate
+from flows.training.plan import flops_per_token, teacher_shape
+from flows.training.receipts import ReceiptLog, first_link, next_link
+from flows.training.saving import save_trained
+from flows.training.schedules import ema_decay, learning_rate
+from flows.training.step_meter import StepMeter
+from flows.training.step_profile import StepProfile
+from flows.training.trainable import choose_weights, count_weights
+from flows.training.weight_average import averaged_weights, set_ema_decay
 
 
 class NonFiniteLossError(RunError):
@@ -45,39 +53,52 @@ def train(job: TrainingJob) -> None:
     heartbeat = Heartbeat(job.log_dir)
     heartbeat.beat()
     index = json.loads((job.tokens_dir / "index.json").read_text())
-    dataset = PackedDataset(job.tokens_dir, "train", run.sequence_length)
-    validation = PackedDataset(job.tokens_dir, "validation", run.sequence_length)
+    dataset = open_split(job.tokens_dir, "train", run.sequence_length, run.document_masks, run.mixture)
+    validation = open_split(job.tokens_dir, "validation", run.sequence_length, run.document_masks, run.mixture)
     engine = build_engine(LossModule(_initial_model(run, index["vocab_size"]), _loss(job)), run)
     checkpoints = Checkpoints(job.checkpoint_dir, engine, dict(engine.module.model.named_parameters()), run.train)
     state = checkpoints.load()
     first_step = state.step
     leader = dist.get_rank() == 0
-    log = MetricsLog(job.log_dir, state.step, run.tracking.tensorboard) if leader else None
+    log = MetricsLog(job.log_dir, state.step, run.tracking, job.name, flat_settings(run)) if leader else None
+    receipts = ReceiptLog(job.log_dir, state.step, run.train.max_steps) if leader else None
+    state.receipt = state.receipt or first_link(job.tokens_digest, run.sequence_length)
     tokens_per_step = run.train.global_batch_size * run.sequence_length
-    started, since = time.monotonic(), state.step
+    flops = flops_per_token(run, index["vocab_size"], teacher_shape(job.teacher_dir))
+    meter = StepMeter(engine.device, tokens_per_step, flops, _peak_flops(job, engine.device))
+    profile = StepProfile(run.tracking, job.log_dir, engine.device)
     while not _finished(state, run.train):
         rate = learning_rate(run.train, state.step)
         set_learning_rate(engine, rate)
-        with checkpoints.finished_on_error():
-            loss = train_step(engine, micro_batches(dataset, run, state.step, engine.device), state.step)
+        set_ema_decay(engine, ema_decay(run.train, state.step))
+        if run.train.lora.dropout:
+            torch.manual_seed(hash((run.seed, state.step, dist.get_rank())))  # resumed runs drop what others would
+        with checkpoints.finished_on_error(), meter.step(), profile.step(state.step):
+            with meter.loading():
+                batches = micro_batches(dataset, run, state.step, engine.device)
+            loss = train_step(engine, batches, state.step)
         state.step += 1
+        state.receipt = next_link(state.receipt, state.step, batches.sample_ids)
+        state.loss_tokens += batches.loss_tokens
+        if receipts:
+            receipts.write(state.step, state.receipt)
         heartbeat.beat()
-        if log and (state.step % run.train.log_interval_steps == 0 or state.step == run.train.max_steps):
-            speed = tokens_per_step * (state.step - since) / (time.monotonic() - started)
+        if _due(state.step, run.train.log_interval_steps, run.train):
+            measured = meter.collect()
             norm = engine.get_global_grad_norm()
-            measured = {} if norm is None else {"grad_norm": float(norm)}
-            log.write(state.step, train_loss=loss, learning_rate=rate, tokens_per_s=round(speed, 1), **measured)
+            if norm is not None:
+                measured["grad_norm"] = float(norm)
+            if log:
+                log.write(state.step, train_loss=loss, learning_rate=rate, **measured)
         if _due(state.step, run.train.eval_interval_steps, run.train):
-            paused = time.monotonic()
-            with checkpoints.finished_on_error():
+            with checkpoints.finished_on_error(), averaged_weights(engine, run.train.ema_decay > 0):
                 _evaluate_and_keep_best(engine, validation, job, state, log, index, heartbeat)
-            started += time.monotonic() - paused  # speed is of training alone
-        if log and state.step % run.train.log_interval_steps == 0:
-            started, since = time.monotonic(), state.step
         if _due(state.step, run.train.checkpoint_interval_steps, run.train):
             checkpoints.save(state)
     checkpoints.wait()
-    if leader:
+    if log and receipts:
+        log.close()
+        receipts.write(state.step, state.receipt, last=True)
         write_json_atomically(
             job.log_dir / "summary.json",
             {
@@ -86,15 +107,19 @@ def train(job: TrainingJob) -> None:
                 "layouts": state.layouts,
                 "stopped_early": state.step < run.train.max_steps,
                 "best_validation_loss": state.best_loss,
-                "parameters": sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters()),
+                **count_weights(engine.module),
                 "train_tokens": state.step * tokens_per_step,
+                "loss_tokens": state.loss_tokens,
                 "epochs": round(state.step * run.train.global_batch_size / len(dataset), 3),
+                "epochs_by_corpus": epochs(dataset, state.step * run.train.global_batch_size),
+                "receipt": state.receipt,
+                "measured": meter.summary(),
             },
         )
     close_engine(engine)
 
 
-def train_step(engine: DeepSpeedEngine, batches: Iterator[Batch], step: int) -> float:
+def train_step(engine: DeepSpeedEngine, batches: Iterable[Batch], step: int) -> float:
     """Runs one optimizer update on this rank's micro batches; the mean loss over all ranks, in nats per token.
 
     Raises:
@@ -119,19 +144,19 @@ def train_step(engine: DeepSpeedEngine, batches: Iterator[Batch], step: int) -> 
     return mean
 
 
-def evaluate(engine: DeepSpeedEngine, dataset: PackedDataset, run: TrainingRun, heartbeat: Heartbeat) -> float:
+def evaluate(engine: DeepSpeedEngine, dataset: Sequences, run: TrainingRun, heartbeat: Heartbeat) -> float:
     """Validation cross-entropy in nats per token, over the same first `eval_tokens` tokens each time."""
-    count = min(len(dataset), max(1, run.train.eval_tokens // run.sequence_length))
+    chosen = dataset.first(max(1, run.train.eval_tokens // run.sequence_length))
     size, ranks, rank = run.train.micro_batch_size, dist.get_world_size(), dist.get_rank()
     sums = torch.zeros(2, dtype=torch.float64)
     engine.eval()
     with torch.no_grad():
-        for first in range(0, count, size * ranks):
-            mine = range(first + rank * size, min(first + (rank + 1) * size, count))
+        for first in range(0, len(chosen), size * ranks):
+            mine = chosen[first + rank * size : first + (rank + 1) * size]
             # A rank left without sequences runs one that does not count: ZeRO-3 gathers weights with all ranks.
-            batch = to_batch([dataset[i] for i in mine] or [dataset[0]], engine.device)
-            mean = float(engine(*batch))
-            if mine:
+            batch = to_batch([dataset.row(int(i)) for i in (mine if len(mine) else chosen[:1])], engine.device)
+            mean = float(engine(*batch._replace(loss_tokens=batch.loss_tokens.clamp(min=1))))
+            if len(mine):
                 sums += torch.tensor([mean, 1.0], dtype=torch.float64) * float(batch.loss_tokens)
             heartbeat.beat()
     engine.train()
@@ -145,7 +170,7 @@ def evaluate(engine: DeepSpeedEngine, dataset: PackedDataset, run: TrainingRun, 
 
 def _evaluate_and_keep_best(
     engine: DeepSpeedEngine,
-    validation: PackedDataset,
+    validation: Sequences,
     job: TrainingJob,
     state: TrainingState,
     log: MetricsLog | None,
@@ -158,14 +183,7 @@ def _evaluate_and_keep_best(
     state.evals_without_improvement += 1
     if loss < state.best_loss:
         state.best_loss, state.evals_without_improvement = loss, 0
-        consolidate(
-            engine,
-            job.best_dir,
-            job.run.model,
-            index["vocab_size"],
-            job.run.sequence_length,
-            index["eos_token_id"],
-        )
+        consolidate(engine, job.best_dir, partial(save_trained, job, index))
 
 
 def _initial_model(run: TrainingRun, vocab_size: int) -> Decoder:
@@ -174,6 +192,7 @@ def _initial_model(run: TrainingRun, vocab_size: int) -> Decoder:
         initialize(model, run.seed)
     else:
         load_initial_weights(model, run.model.initial_weights, run.model_section)
+    choose_weights(model, run.train, run.seed)
     return model
 
 
@@ -188,6 +207,14 @@ def _loss(job: TrainingJob) -> Loss:
             if os.environ["DS_ACCELERATOR"] == "cuda":
                 teacher = teacher.to(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
             return distillation(teacher, job.run.temperature, job.run.alpha)
+
+
+def _peak_flops(job: TrainingJob, device: torch.device) -> float | None:
+    """Peak FLOP/s of all ranks together; None where what the run was planned for is not what it runs on."""
+    if job.hardware is None or job.hardware.is_gpu != (device.type == "cuda"):
+        return None
+    devices = dist.get_world_size() if job.hardware.is_gpu else 1
+    return devices * job.hardware.peak_flops(job.run.engine.precision)
 
 
 def _due(step: int, interval: int, config: TrainConfig) -> bool:

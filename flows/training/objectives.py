@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,27 @@ from flows.training.batches import IGNORED
 
 CHUNK_TOKENS = 256
 """Tokens whose distributions are compared at once: several passes over [tokens, vocab] stay in a processor's cache."""
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(logits [batch, length, vocab], input_ids [batch, length], targets [batch, length]) -> loss, summed over the targets
-that are not `IGNORED` []."""
 
 
-def cross_entropy(logits_BLV: torch.Tensor, input_ids_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+class Loss(Protocol):
+    """What is minimized."""
+
+    def __call__(
+        self,
+        logits_BLV: torch.Tensor,
+        input_ids_BL: torch.Tensor,
+        targets_BL: torch.Tensor,
+        document_ids_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss, summed over the targets that are not `IGNORED` []."""
+
+
+def cross_entropy(
+    logits_BLV: torch.Tensor,
+    input_ids_BL: torch.Tensor,
+    targets_BL: torch.Tensor,
+    document_ids_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Sum of the negative log-likelihood of the targets that count, in nats []."""
     return F.cross_entropy(
         _at_least_float32(logits_BLV).flatten(0, 1), targets_BL.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -37,9 +52,14 @@ def distillation(teacher: nn.Module, temperature: float, alpha: float) -> Loss:
     """
     teacher.eval().requires_grad_(False)
 
-    def loss(logits_BLV: torch.Tensor, input_ids_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+    def loss(
+        logits_BLV: torch.Tensor,
+        input_ids_BL: torch.Tensor,
+        targets_BL: torch.Tensor,
+        document_ids_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         with torch.no_grad():
-            teacher_BLV = teacher(input_ids_BL)
+            teacher_BLV = scores(teacher, input_ids_BL, document_ids_BL)
         divergence = kl_divergence(logits_BLV, teacher_BLV, targets_BL, temperature)
         return alpha * temperature**2 * divergence + (1 - alpha) * cross_entropy(logits_BLV, input_ids_BL, targets_BL)
 
@@ -61,6 +81,13 @@ def kl_divergence(
     return total
 
 
+def scores(model: nn.Module, input_ids_BL: torch.Tensor, document_ids_BL: torch.Tensor | None) -> torch.Tensor:
+    """The model's scores [batch, length, vocab]; one that knows no document ids need not, where there are none."""
+    if document_ids_BL is None:
+        return cast(torch.Tensor, model(input_ids_BL))
+    return cast(torch.Tensor, model(input_ids_BL, document_ids_BL=document_ids_BL))
+
+
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -75,8 +102,14 @@ class LossModule(nn.Module):
         self.model = model
         self._loss = loss  # a closure, so that a teacher is neither trained, sharded nor saved
 
-    def forward(self, input_ids_BL: torch.Tensor, targets_BL: torch.Tensor, loss_tokens: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids_BL: torch.Tensor,
+        targets_BL: torch.Tensor,
+        loss_tokens: torch.Tensor,
+        document_ids_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Loss to minimize while training, cross-entropy while evaluating: the sum divided by `loss_tokens` []."""
-        logits_BLV = self.model(input_ids_BL)
+        logits_BLV = scores(self.model, input_ids_BL, document_ids_BL)
         loss = self._loss if self.training else cross_entropy
-        return loss(logits_BLV, input_ids_BL, targets_BL) / loss_tokens
+        return loss(logits_BLV, input_ids_BL, targets_BL, document_ids_BL) / loss_tokens

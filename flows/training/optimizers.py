@@ -1,34 +1,62 @@
-"""Update rules from torch.optim: right on CPU and GPU without a compiler at hand."""
+"""Update rules in plain torch, right on CPU and GPU without a compiler at hand, and their parameter groups."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
 from flows.config.optimizer import Optimizer, OptimizerConfig
+from flows.training.lion import Lion
+from flows.training.muon import Muon
+
+HEADS = ("lm_head", "embed_out")
+"""Names of output projections in our decoder and in those of transformers."""
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer over two parameter groups: matrices decay, vectors (norms) do not.
+    """The optimizer over the weights that are trained: matrices decay, vectors (norms, biases) do not.
 
-    Decay is decoupled for AdamW (arXiv:1711.05101) and part of the gradient for the others, as in torch.
+    Decay is decoupled for AdamW (arXiv:1711.05101), Lion and Muon, part of the gradient for the others, as in torch.
     """
-    matrices = [parameter for parameter in model.parameters() if parameter.requires_grad and _ndim(parameter) >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad and _ndim(parameter) < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    hidden, embeddings, vectors = parameter_groups(model, config)
+    groups = [group for group in (hidden, embeddings, vectors) if group["params"]]
+    rate, betas = config.learning_rate, (config.beta1, config.beta2)
     match config.name:
         case Optimizer.adamw:
             # One fused pass over the parameters; on CPU it takes two thirds of the time of the default loop.
-            return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), config.eps, fused=True)
+            return torch.optim.AdamW(groups, rate, betas, config.eps, fused=True)
         case Optimizer.adam:
-            return torch.optim.Adam(groups, config.learning_rate, (config.beta1, config.beta2), config.eps, fused=True)
+            return torch.optim.Adam(groups, rate, betas, config.eps, fused=True)
         case Optimizer.sgd:
-            return torch.optim.SGD(groups, config.learning_rate, config.momentum)
+            return torch.optim.SGD(groups, rate, config.momentum)
         case Optimizer.rmsprop:
-            return torch.optim.RMSprop(groups, config.learning_rate, config.beta2, config.eps, momentum=config.momentum)
+            return torch.optim.RMSprop(groups, rate, config.beta2, config.eps, momentum=config.momentum)
+        case Optimizer.lion:
+            return Lion(groups, rate, betas)
+        case Optimizer.muon:
+            others = [group for group in (embeddings, vectors) if group["params"]]
+            return Muon(hidden, others, rate, config.momentum, betas, config.eps)
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Three parameter groups: hidden matrices, embeddings and output projection, vectors."""
+    outer = {
+        id(parameter)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or name.rpartition(".")[2] in HEADS
+        for parameter in module.parameters(recurse=False)
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    vectors = [parameter for parameter in trained if _ndim(parameter) < 2]
+    matrices = [parameter for parameter in trained if _ndim(parameter) >= 2]
+    embedding_decay = config.weight_decay if config.decay_embeddings else 0.0
+    return [
+        {"params": [p for p in matrices if id(p) not in outer], "weight_decay": config.weight_decay},
+        {"params": [p for p in matrices if id(p) in outer], "weight_decay": embedding_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
 
 
 def _ndim(parameter: nn.Parameter) -> int:

@@ -15,12 +15,16 @@ from tqdm import tqdm
 from flows.artifact import Artifact, digest_file, digest_json
 from flows.config import to_json
 from flows.config.engine import EngineConfig
+from flows.config.hardware import PlanConfig
 from flows.config.launcher import LauncherConfig
 from flows.config.tracking import TrackingConfig
 from flows.config.training import TrainingRun
-from flows.launcher import launch_ranks
+from flows.launcher import RankError, launch_ranks
+from flows.training.hardware import this_machine
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import METRICS, read_metrics
+from flows.training.out_of_memory import OutOfMemoryError, explain_out_of_memory, kernel_kills, rank_limit_bytes
+from flows.training.plan import make_plan, render_plan, teacher_shape
 
 RUNS = "flows.training.__main__"
 """What the ranks run; part of the code that makes the artifact."""
@@ -69,30 +73,67 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
 
     Raises:
         RankError: A rank failed, died or hung.
+        OutOfMemoryError: The kernel ended a rank for lack of memory.
     """
     teacher = parents.get("teacher")
+    hardware = this_machine(config.engine.device)
     job = TrainingJob(
         run=config,
         directory=directory,
         tokens_dir=parents["tokens"].path,
+        tokens_digest=parents["tokens"].digest,
         tokenizer_dir=parents["tokenizer"].path,
         teacher_dir=teacher.path if teacher else None,
+        hardware=hardware,
     )
+    plan = _plan(job)
     job.log_dir.mkdir(exist_ok=True)
     for spoken in job.log_dir.glob("*.error"):
         spoken.unlink()
     run_path = job.log_dir / "run.json"
     run_path.write_text(to_json(job))
     with tqdm(total=config.train.max_steps, unit="step", desc=directory.name.partition("-")[0], disable=None) as bar:
-        launch_ranks(RUNS.removesuffix(".__main__"), run_path, config.launcher, job.log_dir, _progress(job, bar))
+        kills = kernel_kills()
+        try:
+            launch_ranks(RUNS.removesuffix(".__main__"), run_path, config.launcher, job.log_dir, _progress(job, bar))
+        except RankError as error:
+            if kernel_kills() == kills:
+                raise
+            raise OutOfMemoryError(f"{error}\nThe kernel ended a process meanwhile: {_explain(job)}") from error
     for path in job.best_dir.glob("[!.]*"):  # a killed rank may have left part of a file under a hidden name
         path.replace(directory / path.name)
-    shutil.copy(job.tokenizer_dir / "tokenizer.json", directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (job.tokenizer_dir / name).exists():
+            shutil.copy(job.tokenizer_dir / name, directory)
     shutil.rmtree(job.checkpoint_dir)
     for heartbeat in job.log_dir.glob("*.heartbeat"):
         heartbeat.unlink()
     summary: dict[str, Any] = json.loads((job.log_dir / "summary.json").read_text())
-    return summary | {"curve": list(read_metrics(job.log_dir / METRICS))}
+    return summary | {"curve": list(read_metrics(job.log_dir / METRICS)), "plan": plan}
+
+
+def _plan(job: TrainingJob) -> dict[str, Any] | None:
+    """Logs the plan of the run on this machine; its numbers, or None where the machine's peak is not known."""
+    if job.hardware is None:
+        logger.info("no plan: this machine's GPU is not in the table of flows/training/hardware.py")
+        return None
+    index = json.loads((job.tokens_dir / "index.json").read_text())
+    plan = make_plan(
+        job.run,
+        index["vocab_size"],
+        job.hardware,
+        PlanConfig(),
+        teacher_shape(job.teacher_dir),
+        index["splits"]["train"]["tokens"],
+    )
+    logger.info("%s", render_plan(job.name.partition("-")[0], plan))
+    return plan.to_metrics()
+
+
+def _explain(job: TrainingJob) -> str:
+    vocab_size = json.loads((job.tokens_dir / "index.json").read_text())["vocab_size"]
+    limit = rank_limit_bytes(job.run.launcher.num_ranks)
+    return explain_out_of_memory(job.run, vocab_size, False, teacher_shape(job.teacher_dir), limit)
 
 
 def _progress(job: TrainingJob, bar: tqdm[Any]) -> Callable[[], None]:

@@ -13,6 +13,7 @@ import yaml
 
 from flows.compose import CONF_DIR, compose_config
 from flows.config import Config, ConfigError, from_json, to_json, to_plain
+from flows.config.optimizer import Optimizer
 from flows.config.reference import field_references
 
 ROOT = CONF_DIR.parent
@@ -31,7 +32,12 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 def test_every_file_composes(path: Path) -> None:
     group = path.parent.relative_to(CONF_DIR)
     prefix = "+" if group.name == "experiment" else ""
-    needs = {"files": ["data.corpus.paths=[x.txt]"], "huggingface": ["data.corpus.dataset=x"]}
+    needs = {
+        "files": ["data.corpus.paths=[x.txt]"],
+        "chat": ["data.corpus.paths=[x.jsonl]"],
+        "huggingface": ["data.corpus.dataset=x"],
+    }
+    needs["lora_finetune"] = ["model.initial_weights=x", *needs["files"]]
     ranks = ["launcher.num_ranks=1"] if group.name == "experiment" else []
     config = compose_config([f"{prefix}{group}={path.stem}", *needs.get(path.stem, []), *ranks])
     assert isinstance(config, Config)
@@ -57,9 +63,15 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
     ("override", "message"),
     [
         ("train.max_step=3", r"train.max_step is not a setting. Did you mean train.max_steps\?"),
+        ("+data.mixture.x.corpus.pahts=[a]", r"data.mixture.x.corpus.pahts=\['a'\]: Unexpected"),
+        ("+data.mixture.x.wieght=3", "data.mixture.x.wieght=3: Unexpected"),
+        ("+data.mixture.x.weight=0", "data.mixture.x.weight=0 must be greater than 0. Set whole numbers"),
         ("train.optimizer.lr=3", "train.optimizer.lr is not a setting. Settings there: .*learning_rate"),
         ("train.max_steps=many", "train.max_steps: Value 'many' of type 'str' could not be converted to Integer"),
-        ("train.schedule=step", r"train.schedule: Invalid value 'step', expected one of \[cosine, linear, constant\]"),
+        (
+            "train.schedule=step",
+            r"train.schedule: Invalid value 'step', expected one of \[cosine, linear, constant, wsd\]",
+        ),
         ("train.max_steps=-1", "train.max_steps=-1 must be greater than 0. Set train.max_steps=1 or more."),
         ("train.global_batch_size=9", "train.global_batch_size=9 must be a multiple of .* = 8. Set .*=8"),
         ("model.num_key_value_heads=3", "model.num_key_value_heads=3 must divide model.num_attention_heads=4"),
@@ -68,7 +80,7 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
         ("publish.candidate=best", "publish.candidate=best is not a candidate of this run, which makes"),
         ("publish.model_name=a/b", "publish.model_name=a/b must be 1-64 letters"),
         ("verify.lengths=[9999]", r"verify.lengths=\[9999\] must not exceed data.sequence_length=256"),
-        ("data=nope", "data=nope does not exist. Choose one of: files, huggingface, stdlib."),
+        ("data=nope", "data=nope does not exist. Choose one of: chat, files, huggingface, mixture, stdlib."),
         ("+experiment=nope", "experiment=nope does not exist. Choose one of: .*quickstart"),
         ("data=files", "data.corpus.source=files needs at least one path. Set data.corpus.paths"),
         ("name=../x", "name=../x must be usable as a directory name"),
@@ -92,7 +104,7 @@ def test_bf16_without_zero_is_refused() -> None:
         (["train.max_steps=-1"], "error: train.max_steps=-1 must be greater than 0"),
         (["--multirun", "train.max_steps=-1,-2"], "error: train.max_steps=-1 must be greater than 0"),
         (["data=files", "data.corpus.paths=[no/such/*.txt]"], "no/such/*.txt"),
-        (["model.initial_weights=no/such"], "no/such"),
+        (["model.initial_weights=no/such", "data.tokenizer.directory=no/such"], "no/such"),
         (["engine.device=cuda"], "error: engine.device=cuda needs one GPU for each of launcher.num_ranks=1"),
         (["model.kernels=triton"], "error: model.kernels=triton cannot run here"),
         (["engine.deepspeed={gradient_clipping: 7}"], "error: engine.deepspeed.gradient_clipping=7 contradicts"),
@@ -130,10 +142,44 @@ def test_every_setting_is_read_by_something() -> None:
                 read.add((path.parent.name == "config", node.attr))
     outside = {name for in_schema, name in read if not in_schema}
     derived = {
-        "head_dim": ["hidden_size"],
+        "head_dim": ["hidden_size", "attention_head_dim"],
         "gradient_accumulation_steps": ["global_batch_size"],
         "quantized_sources": ["sources"],
+        "weights": ["main_weight"],
     }
     outside |= {name for source, names in derived.items() if source in outside for name in names}
     dead = [reference.name for reference in field_references() if reference.name.rpartition(".")[2] not in outside]
     assert not dead
+
+
+@pytest.mark.parametrize("name", [member.value for member in Optimizer])
+def test_every_optimizer_has_a_file_of_constants(name: str) -> None:
+    config = compose_config([f"train/optimizer={name}", f"train/optimizer@distill.train.optimizer={name}"])
+    assert config.train.optimizer.name == name
+    assert config.distill.train.optimizer == config.train.optimizer
+    wanted = yaml.safe_load((CONF_DIR / "train" / "optimizer" / f"{name}.yaml").read_text())
+    assert {key: getattr(config.train.optimizer, key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train/optimizer=muon", "engine=zero3"],
+            "train.optimizer.name=muon cannot be combined with engine.zero_stage=3",
+        ),
+        (["train.ema_decay=1"], "train.ema_decay=1.0 must be 0 or more and below 1"),
+        (["train.lora.rank=-1"], "train.lora.rank=-1 must not be negative"),
+        (["train.lora={rank: 4, targets: []}"], r"train.lora.targets=\[\] names no module for the adapters"),
+        (["train.lora.dropout=1"], "train.lora.dropout=1.0 must be 0 or more and below 1"),
+        (
+            ["model.initial_weights=dir"],
+            r"model.initial_weights=dir know the tokens .* Set data.tokenizer.directory=dir",
+        ),
+        (["train.lora.rank=4"], "train.lora.rank=4 needs trained weights to adapt"),
+        (["train.lora.rank=4", "train.freeze=[x]"], r"train.freeze=\['x'\] cannot be combined with train.lora.rank=4"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_config(overrides)

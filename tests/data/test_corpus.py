@@ -55,6 +55,8 @@ def test_every_dropped_document_is_counted_and_named(tmp_path: Path, write_files
         "bad UTF-8": {"documents": 1, "first": ["latin.txt"]},
         "broken json line": {"documents": 1, "first": ["lines.jsonl#2"]},
         "missing field": {"documents": 1, "first": ["lines.jsonl#3"]},
+        "not a conversation": {"documents": 0, "first": []},
+        "no answer by the assistant": {"documents": 0, "first": []},
     }
 
 

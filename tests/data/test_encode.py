@@ -111,6 +111,7 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(email_chain: dict[str, Arti
     tokenizer = Tokenizer(models.BPE({spelling: index for index, spelling in enumerate(spellings)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
+    np.save(tmp_path / "token_bytes.npy", np.ones(len(spellings), np.int64))
     large = Artifact(stage="tokenizer", key="large", digest="large", path=tmp_path)
     encode.build(tmp_path, EncodeConfig(), {"corpus": email_chain["corpus"], "tokenizer": large})
     (stream,) = map_shards(tmp_path, "test")

@@ -1,17 +1,31 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from flows.artifact import Artifact, digest_file
+from flows.config import ConfigError
 from flows.config.data import CorpusConfig, Source, TokenizerConfig
-from flows.data.tokenizer import END_OF_TEXT, load_tokenizer, spread_sample, trained_tokenizer
+from flows.data.adopted_tokenizer import check_tokenizer
+from flows.data.encode import encode_batches
+from flows.data.tokenizer import (
+    END_OF_TEXT,
+    build,
+    end_of_text_id,
+    fingerprint,
+    load_tokenizer,
+    spread_sample,
+    trained_tokenizer,
+    vocabulary_size,
+)
 
 BUILD = """
 import sys
@@ -72,7 +86,7 @@ def test_a_tiny_corpus_gives_the_vocabulary_it_can(chain, write_json_lines) -> N
     )
     metrics = made["tokenizer"].metrics
     assert metrics["requested_vocab_size"] == 4096
-    assert 257 < metrics["vocab_size"] < 270
+    assert 259 < metrics["vocab_size"] < 272
 
 
 def test_no_merge_below_the_configured_frequency() -> None:
@@ -103,3 +117,51 @@ def test_a_sample_is_spread_evenly() -> None:
     quarters = np.bincount(numbers // 250, minlength=4)
     assert sum(map(len, sample)) > 39_000
     assert quarters.max() - quarters.min() <= 1
+
+
+def test_the_tokenizer_of_a_model_is_taken_as_it_is(email_chain: dict[str, Artifact], tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    out.mkdir()
+    tokenizer = Tokenizer.from_file(str(email_chain["tokenizer"].path / "tokenizer.json"))
+    tokenizer.add_tokens(["naïve"])
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "config.json").write_text(json.dumps({"vocab_size": 1100, "eos_token_id": [1025, 0]}))
+    config = TokenizerConfig(directory=model)
+    assert build(out, config, {})["vocab_size"] == vocabulary_size(out) == 1100
+    assert end_of_text_id(out) == 1025
+    assert digest_file(out / "tokenizer.json") == digest_file(model / "tokenizer.json")
+    lengths = np.load(out / "token_bytes.npy")
+    text = "a naïve “reader” "
+    assert lengths[load_tokenizer(out).encode(text).ids].sum() == len(text.encode())
+    assert lengths[1025:].sum() == 0
+    batch = next(encode_batches(out, [text], 10, np.dtype("<u2")))
+    assert batch.documents[0][-1] == 1025
+    before = fingerprint(config)
+    (model / "config.json").write_text(json.dumps({"vocab_size": 1101, "eos_token_id": 0}))
+    assert fingerprint(config) != before
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"data\.tokenizer\.directory=.* has no tokenizer\.json"),
+        ({"tokenizer.json": "{}", "config.json": "{}"}, r"cannot be read: .* Copy the model again"),
+        ({"config.json": '{"vocab_size": 1024}'}, r"has eos_token_id=None in config\.json"),
+        ({"config.json": '{"vocab_size": 1024, "eos_token_id": 5000}'}, r"has eos_token_id=5000 in config\.json"),
+        ({"config.json": '{"vocab_size": 1024, "eos_token_id": 0}', "decoder": "WordPiece"}, r"is not byte-level BPE"),
+    ],
+)
+def test_tokenizers_that_cannot_be_taken_are_refused(
+    files: dict[str, str], message: str, email_chain: dict[str, Artifact], tmp_path: Path
+) -> None:
+    if files and "tokenizer.json" not in files:
+        described = json.loads((email_chain["tokenizer"].path / "tokenizer.json").read_text())
+        if decoder := files.get("decoder"):
+            described["decoder"] = {"type": decoder, "prefix": "##", "cleanup": True}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        check_tokenizer(tmp_path)

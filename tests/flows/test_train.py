@@ -98,12 +98,21 @@ def test_an_interrupted_run_carries_on(
     rejected = ["train.optimizer.learning_rate=1e-7", "evaluate.gates.beat_unigram=true"]
     command = workplace.command("train", *words, *rejected, "train.checkpoint_interval_steps=10")
     flow = subprocess.Popen(
-        command, cwd=ROOT, env=workplace.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=workplace.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     store = workplace.root / "artifacts/store"
     until(lambda: list(store.glob("base-*.partial/checkpoints/step-*/manifest.json")) or flow.poll() is not None)
     assert flow.poll() is None
-    os.kill(flow.pid, ending)
+    if ending == signal.SIGINT:
+        os.killpg(flow.pid, ending)  # a terminal's Ctrl-C reaches every process of the group
+    else:
+        flow.kill()
     _, spoken = flow.communicate(timeout=60)
     assert flow.returncode != 0
     if ending == signal.SIGINT:

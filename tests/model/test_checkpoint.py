@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from flows.config import ConfigError
 from flows.config.model import ModelConfig
@@ -29,7 +29,15 @@ SHAPES = {
     "grouped, tied": TINY,
     "grouped, untied": replace(TINY, tie_word_embeddings=False),
     "all heads, untied": replace(TINY, num_key_value_heads=4, tie_word_embeddings=False),
+    "qwen2": replace(TINY, qkv_bias=True),
+    "qwen3": replace(TINY, qk_norm=True, attention_head_dim=16, tie_word_embeddings=False),
 }
+
+
+def class_of(config: ModelConfig) -> type[PreTrainedModel]:
+    return Qwen3ForCausalLM if config.qk_norm else Qwen2ForCausalLM if config.qkv_bias else LlamaForCausalLM
+
+
 NOISE = 64 * torch.finfo(torch.float32).eps
 """Relative noise of float32: sums of up to 48 terms in another order, over 2 layers."""
 
@@ -40,7 +48,8 @@ def made(config: ModelConfig = TINY) -> Decoder:
     with torch.no_grad():  # far from initial weights: norms count, attention is not uniform
         generator = torch.Generator().manual_seed(2)
         for parameter in model.parameters():
-            parameter.mul_(4.0 if parameter.dim() > 1 else 1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(4 * parameter if parameter.dim() > 1 else parameter + 0.2 * drawn)
     return model
 
 
@@ -62,7 +71,7 @@ def rewrite_weights(directory: Path, **changes: torch.Tensor | None) -> None:
 
 
 @torch.no_grad()
-def assert_same_logits(ours: Decoder, theirs: LlamaForCausalLM) -> None:
+def assert_same_logits(ours: Decoder, theirs: PreTrainedModel) -> None:
     tokens = torch.randint(0, VOCAB, (3, 11), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens)
     mask[1, :4] = 0
@@ -79,7 +88,7 @@ def assert_same_logits(ours: Decoder, theirs: LlamaForCausalLM) -> None:
 def test_transformers_reads_what_we_save(config: ModelConfig, tmp_path: Path) -> None:
     ours = saved(tmp_path, config)
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert isinstance(theirs, LlamaForCausalLM)
+    assert isinstance(theirs, class_of(config))
     assert not any(report.values())
     assert (theirs.dtype, theirs.config.eos_token_id) == (torch.float32, 0)
     assert theirs.config.max_position_embeddings == 64
@@ -90,20 +99,26 @@ def test_transformers_reads_what_we_save(config: ModelConfig, tmp_path: Path) ->
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 def test_we_read_what_transformers_saves(config: ModelConfig, shard: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
+    kind = class_of(config)
+    theirs = kind(
+        kind.config_class(
             vocab_size=VOCAB,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
             rope_parameters={"rope_type": "default", "rope_theta": 5_000.0},
             rms_norm_eps=3e-5,
             initializer_range=0.2,
             tie_word_embeddings=config.tie_word_embeddings,
         )
     )
+    with torch.no_grad():  # they start as zeros and ones, which would hide a mix-up
+        for parameter in theirs.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "10KB")
     ours = load_decoder(tmp_path)
@@ -201,13 +216,17 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type=gpt2, and our decoder computes model_type=llama only"),
+        ({"model_type": "gpt2"}, r"model_type=gpt2, and our decoder computes model_type=llama, qwen2, qwen3 only"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, r"use_sliding_window=True, and our decoder computes"),
         ({"hidden_act": "gelu"}, r"hidden_act=gelu, and our decoder computes hidden_act=silu only"),
         ({"attention_bias": True}, r"attention_bias=True"),
-        ({"head_dim": 16}, r"head_dim=16, and our decoder computes head_dim=hidden_size / heads = 8 only"),
+        ({"head_dim": 7}, r"model\.attention_head_dim=7 must be an even number above 0"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"rope_type=llama3"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r"rope_type=yarn"),
-        ({"hidden_size": 33}, r"describes no decoder of ours: model\.hidden_size=33 must be a multiple of"),
+        (
+            {"hidden_size": 33, "head_dim": None},
+            r"describes no decoder of ours: model\.hidden_size=33 must be a multiple of",
+        ),
         ({"quantization_config": {"bits": 8}}, r"has a quantization_config: its weights are not floating point"),
     ],
 )
@@ -224,6 +243,7 @@ def test_other_architectures_are_refused(changes: dict[str, object], message: st
         ("intermediate_size", 64),
         ("num_hidden_layers", 3),
         ("num_key_value_heads", 1),
+        ("qkv_bias", True),
         ("rope_theta", 10_000.0),
         ("rms_norm_eps", 1e-6),
         ("tie_word_embeddings", False),
@@ -242,6 +262,14 @@ def test_initial_weights_of_another_shape_are_refused(field: str, value: object,
     assert f"which have {field}={has}. Set distill.student.{field}={has}" in str(refusal.value)
 
 
+def test_a_shape_that_does_not_fit_is_answered_with_all_settings_to_paste(tmp_path: Path) -> None:
+    saved(tmp_path, replace(TINY, attention_head_dim=8))  # which is what null means here
+    check_initial_weights(replace(TINY, initial_weights=tmp_path))
+    saved(tmp_path, SHAPES["qwen3"])
+    with pytest.raises(ConfigError, match=r"Set model\.attention_head_dim=16 model\.qk_norm=True model\.tie_word_emb"):
+        check_initial_weights(replace(TINY, initial_weights=tmp_path))
+
+
 def test_initial_weights_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     check_initial_weights(TINY)
     with pytest.raises(
@@ -249,7 +277,7 @@ def test_initial_weights_that_cannot_be_read_are_refused(tmp_path: Path) -> None
     ):
         check_initial_weights(replace(TINY, initial_weights=tmp_path / "gone"))
     saved(tmp_path)
-    with pytest.raises(ConfigError, match=r"have vocab_size=97, and this run's tokenizer 50\. Set data\.tokenizer"):
+    with pytest.raises(ConfigError, match=r"have vocab_size=97, and .* tokenizer 50\. Set data\.tokenizer\.directory"):
         load_initial_weights(Decoder(TINY, 50), tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"cannot be used: .*model\.safetensors does not exist"):

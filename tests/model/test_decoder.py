@@ -149,3 +149,33 @@ def test_compiled_gives_the_same_loss_and_gradients() -> None:
         grads.append([parameter.grad for parameter in model.parameters()])
     for eager, compiled in zip(*grads, strict=True):
         assert_same(compiled, eager)
+
+
+def test_a_document_depends_on_no_neighbour_neither_forward_nor_backward() -> None:
+    """Three documents in a row against each alone: scores, loss and gradient of the embedding of its own tokens."""
+    model, tokens = made(), ids(1, 12)
+    documents_BL = torch.tensor([[0] * 3 + [1] * 5 + [2] * 4])
+    packed = model(tokens, document_ids_BL=documents_BL)[0]
+    for document in range(3):
+        alone = tokens[:, documents_BL[0] == document]
+        assert_same(packed[documents_BL[0] == document], model(alone)[0])
+    gradients = []
+    for neighbour in (tokens[0, :3], (tokens[0, :3] + 1) % VOCAB):
+        model.zero_grad()
+        row = torch.cat((neighbour, tokens[0, 3:]))[None]
+        scores = model(row, document_ids_BL=documents_BL)
+        torch.nn.functional.cross_entropy(scores[0, 3:7], tokens[0, 4:8]).backward()  # of the second document alone
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_documents_and_padding_go_together() -> None:
+    model, tokens = made(), ids(1, 7)
+    mask_BL = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 0]])
+    documents_BL = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 1]])
+    padded = ids(1, 10).masked_scatter(mask_BL.bool(), tokens)
+    together = model(padded, mask_BL, documents_BL)[0]
+    assert_same(together[2:5], model(tokens[:, :3])[0])
+    assert_same(together[5:9], model(tokens[:, 3:])[0])

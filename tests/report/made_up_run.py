@@ -21,6 +21,8 @@ from flows.evaluation import gates
 from flows.evaluation.latency import Timing
 from flows.evaluation.quality import Quality
 from flows.serving.scores_check import Check
+from flows.training.hardware import Hardware
+from flows.training.plan import Plan, make_plan
 
 BITS_PER_BYTE = {"base": 2.483, "student": 2.691, "base_int8": 2.486, "student_int8": 2.697}
 UNIGRAM_BITS_PER_BYTE = 3.081
@@ -113,6 +115,11 @@ def training_metrics(config: Config, name: str) -> dict[str, Any]:
                 "train_loss": loss + float(noise.normal(0, 0.05)),
                 "learning_rate": 3e-3 * min(1, step / 20, 0.1 + 0.9 * math.cos(step / run.train.max_steps * 1.5)),
                 "tokens_per_s": 24_000 + float(noise.normal(0, 400)),
+                "step_ms_p50": 170.0,
+                "step_ms_max": 201.0,
+                "loader_share": 0.004,
+                "peak_memory_bytes": 1_020_000_000 + 10_000 * step,
+                "mfu": 0.41,
                 "grad_norm": 0.8,
             }
         )
@@ -126,8 +133,26 @@ def training_metrics(config: Config, name: str) -> dict[str, Any]:
         "parameters": PROGRAM_BYTES[name] // 4,
         "train_tokens": run.train.max_steps * run.train.global_batch_size * run.sequence_length,
         "epochs": 0.431,
+        "measured": {"tokens_per_s": 24_000.0, "mfu": 0.41, "train_s": 51.2, "step_ms_p50": 170.0},
+        "plan": _plan(config, name).to_metrics(),
         "curve": curve,
     }
+
+
+def _plan(config: Config, name: str) -> Plan:
+    device = Hardware(
+        name="this machine's 2 cores",
+        bf16_flops=1.6e11,
+        fp32_flops=1.6e11,
+        memory_bytes=24 * 10**9,
+        bytes_per_s=1e10,
+        typical_mfu=0.5,
+        is_gpu=False,
+        measured=True,
+    )
+    if name == "base":
+        return make_plan(config.base_run(), 4096, device, config.plan)
+    return make_plan(config.student_run(), 4096, device, config.plan, config.model)
 
 
 def _split(documents: int) -> dict[str, int]:

@@ -161,6 +161,22 @@ def test_shows_data_quantization_proof_and_settings(html: str, run: dict[str, Ar
         assert set(files.values()) <= set(text.split())
 
 
+def test_compares_the_plan_with_what_was_measured(html: str, run: dict[str, Artifact]) -> None:
+    text = Page(html).text
+    plan = run["base"].metrics["plan"]
+    assert f"Memory of a rank at its peak {size(plan['memory_bytes'])} 1.02 GB" in text
+    assert "Tokens per second" in text
+    assert text.count("Share of the hardware's peak") == 2
+
+
+def test_without_a_plan_there_is_no_comparison(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "store", CONFIG)
+    for name in CONFIG.trained_candidates:
+        run[name] = replace(run[name], metrics={**run[name].metrics, "plan": None})
+    text = Page(build(tmp_path / "report", CONFIG, run)).text
+    assert "Planned and measured" not in text
+
+
 def test_changing_the_template_makes_the_stage_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("report.html.jinja", "report.css"):
         (tmp_path / name).write_bytes((Path(stage.__file__).parent / name).read_bytes())

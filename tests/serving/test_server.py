@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -72,6 +73,23 @@ def test_crash_at_start_shows_why_and_leaves_nothing(chain: Chain, tmp_path: Pat
     ):
         pass
     assert own_leftovers(os.getpid()) == before
+
+
+@pytest.mark.server
+def test_a_server_on_path_comes_first(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(chain.entry.path / "repo", tmp_path / "repo")
+    (tmp_path / "runtime").mkdir()
+    embedded = installation.prepare_installation(tmp_path / "runtime")
+    on_path = tmp_path / "bin" / "tritonserver"
+    on_path.parent.mkdir()
+    library_path = embedded.environment["LD_LIBRARY_PATH"]
+    command = shlex.join([str(embedded.binary), *embedded.arguments])
+    on_path.write_text(f'#!/bin/sh\nLD_LIBRARY_PATH={shlex.quote(library_path)} exec {command} "$@"\n')
+    on_path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{on_path.parent}{os.pathsep}{embedded.environment['PATH']}")
+    monkeypatch.setitem(sys.modules, "pytriton", None)  # nothing else to fall back on
+    with InferenceServer(tmp_path / "repo", MODELS, tmp_path / "server.log") as server:
+        assert server.ready_versions(NAME) == [1]
 
 
 @pytest.mark.server

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
 
 from flows.config.engine import EngineConfig, Precision
+from flows.config.model import ModelConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.training import TrainingRun
+from flows.data.order import sample_order
+from flows.data.packed import Row, row_of
 from flows.launcher import follow_parent
+from flows.model.checkpoint import save_decoder
 from flows.model.decoder import Decoder, initialize
 from flows.training.batches import micro_batches
 from flows.training.checkpoint import Checkpoints
@@ -37,11 +44,24 @@ def run_of(kind: str, zero_stage: int) -> TrainingRun:
     )
 
 
+class RandomTokens(list[NDArray[np.int64]]):
+    """Sequences in memory, in the order of a run's."""
+
+    def row(self, index: int) -> Row:
+        return row_of(self[index], None)
+
+    def order(self, start: int, count: int, seed: int) -> NDArray[np.int64]:
+        return sample_order(len(self), start, count, seed)
+
+    def first(self, count: int) -> NDArray[np.int64]:
+        return np.arange(count)
+
+
 def main(directory: Path) -> None:
     """Leaves `<kind>/<position in the chain>` with a checkpoint and consolidated weights, and losses.json."""
     follow_parent()
     start_process_group()
-    dataset = np.random.default_rng(0).integers(1, VOCAB_SIZE, (64, SEQUENCE_LENGTH + 1), dtype=np.int64)
+    dataset = RandomTokens(np.random.default_rng(0).integers(1, VOCAB_SIZE, (64, SEQUENCE_LENGTH + 1), dtype=np.int64))
     losses: dict[str, list[float]] = {}
     for kind, chain in CHAINS.items():
         losses[kind] = []
@@ -59,7 +79,15 @@ def main(directory: Path) -> None:
                 state.step += 1
             after = Checkpoints(directory / kind / str(position), engine, weights, run.train)
             after.save(state)
-            consolidate(engine, directory / kind / str(position) / "best", run.model, VOCAB_SIZE, SEQUENCE_LENGTH, 0)
+            best = directory / kind / str(position) / "best"
+
+            def save(
+                weights: Mapping[str, Tensor], best: Path = best, config: ModelConfig = run.model
+            ) -> Mapping[str, Tensor]:
+                save_decoder(best, weights, config, VOCAB_SIZE, SEQUENCE_LENGTH, 0)
+                return weights
+
+            consolidate(engine, best, save)
             losses[kind].append(train_step(engine, micro_batches(dataset, run, state.step, "cpu"), state.step))
             after.wait()
             if (kind, position) != (next(reversed(CHAINS)), len(chain) - 1):

@@ -17,7 +17,7 @@ from flows.config.training import Schedule, TrainConfig, TrainingRun
 from flows.training.batches import IGNORED
 from flows.training.deepspeed_config import deepspeed_config
 from flows.training.objectives import LossModule, distillation, kl_divergence
-from flows.training.schedules import learning_rate
+from flows.training.schedules import ema_decay, learning_rate
 
 
 def test_kl_divergence_is_the_sum_written_out() -> None:
@@ -74,7 +74,12 @@ def test_alpha_zero_is_cross_entropy_and_the_teacher_is_not_part_of_the_module()
 
 @pytest.mark.parametrize(
     ("schedule", "expected_middle", "expected_last"),
-    [(Schedule.cosine, 0.55, 0.1), (Schedule.linear, 0.55, 0.1), (Schedule.constant, 1.0, 1.0)],
+    [
+        (Schedule.cosine, 0.55, 0.1),
+        (Schedule.linear, 0.55, 0.1),
+        (Schedule.constant, 1.0, 1.0),
+        (Schedule.wsd, 1.0, 0.1),
+    ],
 )
 def test_schedules(schedule: Schedule, expected_middle: float, expected_last: float) -> None:
     config = TrainConfig(
@@ -86,6 +91,26 @@ def test_schedules(schedule: Schedule, expected_middle: float, expected_last: fl
     assert rates[60] == pytest.approx(expected_middle)
     assert rates[-1] == pytest.approx(expected_last)
     assert all(math.isfinite(rate) and rate > 0 for rate in rates)
+
+
+def test_wsd_is_stable_and_then_falls_by_one_minus_the_root() -> None:
+    config = TrainConfig(
+        max_steps=100,
+        warmup_steps=10,
+        schedule=Schedule.wsd,
+        decay_share=0.25,
+        min_learning_rate_ratio=0.0,
+        optimizer=OptimizerConfig(learning_rate=2.0),
+    )
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[9:75] == [2.0] * 66
+    assert rates[74:] == pytest.approx([2 * (1 - math.sqrt(n / 25)) for n in range(26)])
+
+
+def test_the_average_rises_to_its_decay_from_the_weights_themselves() -> None:
+    config = TrainConfig(ema_decay=0.9)
+    assert [ema_decay(config, step) for step in (0, 1, 9, 81, 82, 1000)] == [0.0, 0.1, 0.5, 0.9, 0.9, 0.9]
+    assert ema_decay(TrainConfig(), 1000) == 0.0
 
 
 def test_raw_deepspeed_keys_pass_through_and_contradictions_are_refused(tiny_run: Callable[..., TrainingRun]) -> None:

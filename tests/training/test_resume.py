@@ -60,6 +60,10 @@ def test_killed_in_a_save_then_out_of_disk_then_resumed_equals_uninterrupted_bit
     assert whole.metrics["resumed_from_step"] == 0
     assert losses(resumed) == losses(whole)
     assert resumed.digest == whole.digest
+    assert resumed.metrics["receipt"] == whole.metrics["receipt"]
+    receipts = [(artifact.path / "logs" / "receipts.jsonl").read_text() for artifact in (resumed, whole)]
+    assert receipts[0] == receipts[1]
+    assert len(receipts[0].splitlines()) == 160
     validation = [event for event in resumed.metrics["curve"] if "validation_loss" in event]
     assert validation == [event for event in whole.metrics["curve"] if "validation_loss" in event]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import triton_python_backend_utils as pb_utils  # provided by the server
 
 from .digests import check_files
+from .onnx_session import open_session
 
 Ids = npt.NDArray[np.int64]
 
@@ -31,15 +31,7 @@ class TritonPythonModel:
         check_files(here)
         settings = json.loads((here / "settings.json").read_text())
         self.sequence_length: int = settings["sequence_length"]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = settings["threads"]
-        # idle threads must not burn the cores that the server's own threads need
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if not has_vnni():  # sums of two 8-bit products overflow 16 bits there; this asks for the exact, slower way
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        self.session = onnxruntime.InferenceSession(
-            str(here / "model.onnx"), options, providers=["CPUExecutionProvider"]
-        )
+        self.session = open_session(here / "model.onnx", settings["threads"])
         self.vocab_size: int = self.session.get_outputs()[0].shape[1]
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -91,9 +83,3 @@ def merge(requests: list[tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
         ids_BL[block], mask_BL[block] = ids, mask
         first += len(ids)
     return ids_BL, mask_BL
-
-
-def has_vnni() -> bool:
-    """Whether this x86 processor multiplies 8-bit integers without overflow."""
-    flags = Path("/proc/cpuinfo").read_text()
-    return "avx512_vnni" in flags or "avx_vnni" in flags

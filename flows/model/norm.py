@@ -1,0 +1,23 @@
+"""Root mean square normalization."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flows.config.model import ModelConfig
+from kernels.rms_norm import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """Scales the last dimension to a root mean square of one, then by a learned weight (arXiv:1910.07467)."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = config.rms_norm_eps
+        self.kernels = config.kernels.value
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalized activations [..., width]."""
+        return rms_norm(x, self.weight, self.eps, self.kernels)

@@ -1,0 +1,63 @@
+"""Says what `python -m flows.train` would need with the same words: memory, time, FLOPs, cost; trains nothing.
+
+    python -m flows.plan +experiment=quickstart
+    python -m flows.plan model=decoder_125m engine=zero1_bf16 launcher.num_ranks=8 plan.hardware=h100
+    python -m flows.plan +experiment=quickstart plan.hardware=l4 plan.price_per_device_hour=0.8
+
+One table for each model that is trained. Peaks of GPUs are those of their data sheets, this machine's processor is
+measured for a tenth of a second. The report of a run compares its plan with what was measured.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from flows.artifact import Artifact, ArtifactStore, Stage, read_manifest
+from flows.chain import run_chain
+from flows.compose import run_cli
+from flows.config import Config
+from flows.training.hardware import find_hardware
+from flows.training.plan import make_plan, render_plan
+
+
+class _EnoughError(Exception):
+    """Nothing more about the data can be found out without working."""
+
+
+def plan(config: Config) -> None:
+    """Prints the plan of each model that the run trains."""
+    hardware = find_hardware(config.plan.hardware, config.engine.device)
+    vocab_size, train_tokens = _data(config)
+    base = make_plan(config.base_run(), vocab_size, hardware, config.plan, train_tokens=train_tokens)
+    print(render_plan("base", base))
+    if config.distill.enabled:
+        student = make_plan(config.student_run(), vocab_size, hardware, config.plan, config.model, train_tokens)
+        print(render_plan("student", student))
+    if train_tokens is None:
+        print("The data has not been encoded yet: epochs are not known, and the vocabulary is the one asked for.")
+
+
+def _data(config: Config) -> tuple[int, int | None]:
+    """Size of the vocabulary and of the training split, as encoded before; as asked for, and None, if it was not."""
+    store = ArtifactStore(config.artifacts_dir / "store")
+    found: dict[str, Artifact] = {}
+
+    def look(stage: Stage) -> Artifact:
+        if "tokens" in found:
+            raise _EnoughError
+        try:
+            manifest = read_manifest(store.root / store.key(stage))  # a plan may trust it without hashing all bytes
+        except FileNotFoundError:
+            raise _EnoughError from None
+        found[stage.name] = Artifact(stage.name, manifest["key"], manifest["digest"], store.root, manifest["metrics"])
+        return found[stage.name]
+
+    with suppress(_EnoughError):
+        run_chain(config, look)
+    if "tokens" not in found:
+        return config.data.tokenizer.vocab_size, None
+    return found["tokenizer"].metrics["vocab_size"], found["tokens"].metrics["splits"]["train"]["tokens"]
+
+
+if __name__ == "__main__":
+    run_cli(plan, __doc__)

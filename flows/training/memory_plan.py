@@ -1,0 +1,184 @@
+"""Memory of one rank at its peak, by component, computed from the configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flows.config.engine import Precision
+from flows.config.model import Kernels, ModelConfig
+from flows.config.optimizer import Optimizer
+from flows.config.training import Objective, TrainingRun
+from flows.model import arithmetic
+from flows.training.deepspeed_config import deepspeed_config
+
+FP32_BYTES, BF16_BYTES = 4, 2
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default for `reduce_bucket_size`."""
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's default for `stage3_max_live_parameters`: whole weights that ZeRO-3 keeps gathered at once."""
+OPTIMIZER_STATES = {Optimizer.adamw: 2, Optimizer.adam: 2, Optimizer.sgd: 1, Optimizer.rmsprop: 2}
+"""Float32 numbers that each rule keeps for a parameter, momentum included."""
+CPU_RUNTIME_BYTES = 600_000_000
+"""Resident memory of a rank whose model is next to nothing: Python, torch, DeepSpeed and what they load on first use;
+602 MB measured with the libraries pinned in pyproject.toml."""
+CPU_FRAGMENTATION = 0.1
+"""Share of what is allocated that the C library's heap holds besides: measured, 0.09 at the quickstart's models."""
+GPU_RUNTIME_BYTES = 1_500_000_000
+"""CUDA context, NCCL's buffers, cuBLAS's workspace: assumed, between 1 and 2 GB on H100."""
+GPU_FRAGMENTATION = 0.05
+"""Share of what is allocated that the caching allocator holds besides: assumed."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the work is shared among ranks, as far as memory is concerned."""
+
+    dp: int
+    """Data-parallel ranks, over which ZeRO partitions."""
+    pipeline_stages: int
+    tensor_parallel: int
+    sequence_parallel: int
+    activation_checkpointing: bool
+    zero_stage: int
+    optimizer_offloaded: bool
+    parameters_offloaded: bool
+    bucket_elements: int
+    max_live_parameters: int
+
+
+def layout_of(run: TrainingRun) -> Layout:
+    """The layout that a run asks for, raw DeepSpeed keys included."""
+    zero: Mapping[str, Any] = deepspeed_config(run)["zero_optimization"]
+    return Layout(
+        dp=run.launcher.num_ranks,
+        pipeline_stages=1,
+        tensor_parallel=1,
+        sequence_parallel=1,
+        activation_checkpointing=False,
+        zero_stage=run.engine.zero_stage,
+        optimizer_offloaded=_is_offloaded(zero, "offload_optimizer"),
+        parameters_offloaded=_is_offloaded(zero, "offload_param"),
+        bucket_elements=int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS)),
+        max_live_parameters=int(zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS)),
+    )
+
+
+def _is_offloaded(zero: Mapping[str, Any], what: str) -> bool:
+    return str((zero.get(what) or {}).get("device", "none")) != "none"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one rank at its peak."""
+
+    components: dict[str, float]
+    """By what holds them, the largest share of the moment when most is held."""
+    phase: str
+    """When that is: `backward` or `optimizer step`."""
+
+    @property
+    def total_bytes(self) -> float:
+        """Everything together."""
+        return sum(self.components.values())
+
+
+def plan_memory(run: TrainingRun, vocab_size: int, is_gpu: bool, teacher: ModelConfig | None = None) -> MemoryPlan:
+    """Peak memory of the rank that holds most.
+
+    States as in ZeRO (arXiv:1910.02054, section 3.1 and figure 1), with DeepSpeed's buckets; activations as in
+    `flows.model.arithmetic`; three arrays of tokens x vocabulary while the loss is differentiated.
+
+    Args:
+        run: The training run.
+        vocab_size: Number of tokens.
+        is_gpu: Whether the rank computes on a GPU, whose memory is then meant.
+        teacher: The frozen model of a distillation.
+    """
+    layout = layout_of(run)
+    width = FP32_BYTES if run.engine.precision == Precision.fp32 else BF16_BYTES
+    parameters = _local_parameters(run.model, vocab_size, layout)
+    resting = _resting_states(run, layout, parameters, width, is_gpu)
+    if teacher is not None:
+        resting["teacher"] = FP32_BYTES * arithmetic.parameter_count(teacher, vocab_size)
+    backward = resting | {
+        "gradients": _gradient_bytes(layout, parameters, width),
+        "communication buckets": _bucket_bytes(layout, parameters, width, is_gpu),
+        "activations": _activation_bytes(run, layout, width, is_gpu),
+        "logits and loss": _loss_bytes(run, vocab_size, layout),
+    }
+    step = resting | {
+        "gradients": _gradient_bytes(layout, parameters, width)
+        + (FP32_BYTES * parameters / layout.dp if layout.zero_stage else 0),
+        "communication buckets": _bucket_bytes(layout, parameters, width, is_gpu),
+    }
+    phase, components = max((("backward", backward), ("optimizer step", step)), key=lambda one: sum(one[1].values()))
+    held = sum(components.values())
+    if is_gpu:
+        components |= {"runtime": GPU_RUNTIME_BYTES, "allocator": GPU_FRAGMENTATION * held}
+    else:
+        components |= {"runtime": CPU_RUNTIME_BYTES, "allocator": CPU_FRAGMENTATION * held}
+    return MemoryPlan({name: held for name, held in components.items() if held}, phase)
+
+
+def update_bytes(run: TrainingRun, vocab_size: int) -> float:
+    """Bytes that a rank's optimizer update reads and writes: gradients once, weights and state back and forth."""
+    layout = layout_of(run)
+    states = 1 + OPTIMIZER_STATES[run.train.optimizer.name]
+    share = layout.dp if layout.zero_stage >= 1 else 1
+    return FP32_BYTES * (1 + 2 * states) * _local_parameters(run.model, vocab_size, layout) / share
+
+
+def _local_parameters(model: ModelConfig, vocab_size: int, layout: Layout) -> float:
+    """Parameters of the pipeline stage that holds most, its share under tensor parallelism."""
+    layers = model.num_hidden_layers * arithmetic.layer_matrix_count(model) / layout.pipeline_stages
+    total = arithmetic.parameter_count(model, vocab_size)
+    outside = total - model.num_hidden_layers * arithmetic.layer_matrix_count(model)
+    return (layers + outside) / layout.tensor_parallel
+
+
+def _resting_states(run: TrainingRun, layout: Layout, parameters: float, width: int, is_gpu: bool) -> dict[str, float]:
+    """What a rank holds all the time: weights, fp32 masters, optimizer state."""
+    share = layout.dp if layout.zero_stage >= 1 else 1
+    weights = width * parameters
+    if layout.zero_stage == 3:
+        own = 0.0 if layout.parameters_offloaded and is_gpu else weights / layout.dp
+        weights = own + width * min(parameters, layout.max_live_parameters)
+    states = OPTIMIZER_STATES[run.train.optimizer.name] * FP32_BYTES * parameters / share
+    masters = FP32_BYTES * parameters / share if layout.zero_stage >= 1 else 0.0
+    if layout.optimizer_offloaded and is_gpu:
+        states = masters = 0.0
+    return {"weights": weights, "fp32 masters": masters, "optimizer states": states}
+
+
+def _gradient_bytes(layout: Layout, parameters: float, width: int) -> float:
+    return width * parameters / (layout.dp if layout.zero_stage >= 2 else 1)
+
+
+def _bucket_bytes(layout: Layout, parameters: float, width: int, is_gpu: bool) -> float:
+    """DeepSpeed allocates whole buckets; on CPU only the part that is written to becomes resident."""
+    if layout.zero_stage == 0:
+        return 0.0
+    buckets = 2 if layout.zero_stage == 3 else 1  # two where communication overlaps: ZeRO-3's default
+    return width * (layout.bucket_elements * buckets if is_gpu else min(layout.bucket_elements, parameters))
+
+
+def _activation_bytes(run: TrainingRun, layout: Layout, width: int, is_gpu: bool) -> float:
+    tokens = run.train.micro_batch_size * run.sequence_length / layout.sequence_parallel
+    fused = is_gpu and run.model.kernels != Kernels.reference
+    layer = arithmetic.layer_activation_bytes(run.model, width, fused) / layout.tensor_parallel
+    layers = run.model.num_hidden_layers / layout.pipeline_stages
+    final = arithmetic.norm_activation_bytes(run.model, width, fused)
+    in_flight = layout.pipeline_stages  # one forward, one backward: the first stage waits for all others
+    if layout.activation_checkpointing:
+        return tokens * (in_flight * layers * width * run.model.hidden_size + layer + final)
+    return tokens * (in_flight * layers * layer + final)
+
+
+def _loss_bytes(run: TrainingRun, vocab_size: int, layout: Layout) -> float:
+    """Log-probabilities, their gradient and that of the scores; a distillation keeps as much again."""
+    tokens = run.train.micro_batch_size * run.sequence_length / layout.sequence_parallel
+    arrays = 6 if run.objective == Objective.distillation else 3
+    narrow = 0 if run.engine.precision == Precision.fp32 else BF16_BYTES
+    return (arrays * FP32_BYTES + narrow) * tokens * vocab_size

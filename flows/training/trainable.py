@@ -1,0 +1,70 @@
+"""Which weights are trained: all, those that patterns name, or adapters beside them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from flows.config.checks import ConfigError
+from flows.config.training import TrainConfig
+from flows.training.lora import ADAPTERS, add_adapters
+
+
+def choose_weights(model: nn.Module, train: TrainConfig, seed: int) -> None:
+    """Freezes what is not trained, by `requires_grad`, and puts adapters in, the same ones on every rank.
+
+    Args:
+        model: With Hugging Face's weight names; on the meta device, to check patterns only.
+        train: What to train.
+        seed: Of the adapters' initial weights.
+
+    Raises:
+        ConfigError: A pattern matches nothing, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for field in ("trainable", "freeze"):
+        check_patterns(f"train.{field}", getattr(train, field), names, "weight")
+    if train.lora.enabled:
+        for field in ("targets", "replaced"):
+            kinds = nn.Linear if field == "targets" else nn.Module
+            modules = [name for name, module in model.named_modules() if name and isinstance(module, kinds)]
+            check_patterns(f"train.lora.{field}", getattr(train.lora, field), modules, "module")
+        add_adapters(model, train.lora, seed)
+        return
+    for name, parameter in model.named_parameters():
+        wanted = not train.trainable or matches(name, train.trainable)
+        parameter.requires_grad_(wanted and not matches(name, train.freeze))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"train.freeze={list(train.freeze)} leaves none of {len(names)} weights to train. Freeze fewer."
+        )
+
+
+def check_patterns(field: str, patterns: Sequence[str], names: Collection[str], kind: str) -> None:
+    """Raises `ConfigError` for a pattern that matches none of the names; shows those that are spelt alike."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.3) or sorted(names)[:3]
+            raise ConfigError(
+                f"{field}={pattern} matches none of the model's {len(names)} {kind}s. "
+                f"Set a pattern for names such as {', '.join(near)}."
+            )
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the glob patterns fits the whole name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def count_weights(model: nn.Module) -> dict[str, int]:
+    """`parameters` of the model itself, and how many numbers are trained: `trainable_parameters`, adapters included."""
+    sizes = {name: math.prod(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        "parameters": sum(size for name, size in sizes.items() if not name.endswith(ADAPTERS)),
+        "trainable_parameters": sum(sizes[name] for name in trained),
+    }

@@ -1,0 +1,73 @@
+"""What is counted on paper, against the model itself: parameters, FLOPs, tensors kept for the way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flows.compose import CONF_DIR, compose_config
+from flows.config.model import ModelConfig
+from flows.model import arithmetic
+from flows.model.decoder import Decoder
+
+VOCAB_SIZE, BATCH, LENGTH = 96, 2, 24
+SHAPE = ModelConfig(
+    hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+)
+MODELS = sorted(CONF_DIR.glob("model/*.yaml"))
+
+
+def test_there_are_models() -> None:
+    assert len(MODELS) >= 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_parameters_are_those_of_the_model(path: Path, tied: bool) -> None:
+    config = compose_config([f"model={path.stem}", f"model.tie_word_embeddings={str(tied).lower()}"]).model
+    with torch.device("meta"):
+        model = Decoder(config, 4096)
+    assert arithmetic.parameter_count(config, 4096) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    model = Decoder(SHAPE, VOCAB_SIZE)
+    ids = torch.randint(VOCAB_SIZE, (BATCH, LENGTH))
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:  # torch does not count the fused kernel of CPUs
+        model(ids).sum().backward()
+    forward = arithmetic.forward_flops_per_token(SHAPE, VOCAB_SIZE, LENGTH) * BATCH * LENGTH
+    assert counter.get_total_flops() == 3 * forward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_those_that_torch_saves(dtype: torch.dtype) -> None:
+    model = Decoder(SHAPE, VOCAB_SIZE).to(dtype)
+    ids = torch.randint(VOCAB_SIZE, (BATCH, LENGTH))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(remember, lambda tensor: tensor):
+        scores = model(ids)
+        loss = F.cross_entropy(scores.float().flatten(0, 1), ids.flatten())
+    saved_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    width = dtype.itemsize
+    per_token = 3 * arithmetic.layer_activation_bytes(SHAPE, width, False)
+    per_token += arithmetic.norm_activation_bytes(SHAPE, width, False)
+    loss_per_token = 4 * VOCAB_SIZE  # the log-probabilities
+    planned = BATCH * LENGTH * (per_token + loss_per_token)
+    # Beside them: token ids and targets, the cosines and sines of one sequence, two numbers of the loss.
+    beside = 8 * BATCH * LENGTH * 2 + 2 * LENGTH * SHAPE.head_dim * width + 64
+    assert loss.isfinite()
+    assert planned <= saved_bytes <= planned + beside
