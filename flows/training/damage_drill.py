@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 
 from flows.artifact import MANIFEST, write_json_atomically
@@ -22,6 +21,7 @@ from flows.training.batches import micro_batches
 from flows.training.checkpoint import CheckpointError, Checkpoints, TrainingState
 from flows.training.engine import build_engine, close_engine, set_learning_rate, start_process_group
 from flows.training.loop import train_step
+from flows.training.made_up_tokens import MadeUpTokens
 from flows.training.objectives import LossModule, cross_entropy
 
 VOCAB_SIZE = 64
@@ -115,8 +115,7 @@ def main(job: DamageJob) -> None:
     """Trains a small model on made-up tokens, and goes on from a copy of its checkpoints after each damage."""
     run = replace(job.run, train=replace(job.run.train, keep_checkpoints=len(SAVED_AFTER)))
     start_process_group()
-    shape = (4 * run.train.global_batch_size, run.sequence_length + 1)
-    dataset = np.random.default_rng(run.seed).integers(1, VOCAB_SIZE, shape, dtype=np.int64)
+    dataset = MadeUpTokens(VOCAB_SIZE, run.sequence_length, STEPS * run.train.global_batch_size)
     model = Decoder(run.model, VOCAB_SIZE)
     initialize(model, run.seed)
     engine = build_engine(LossModule(model, cross_entropy), run)
