@@ -89,6 +89,14 @@ def test_a_dead_rank_ends_the_run_in_seconds_and_leaves_nothing(
     assert not running()
 
 
+def test_every_kth_checkpoint_stays(trained: Trained, tiny_run: Run, tmp_path: Path) -> None:
+    run = tiny_run(max_steps=100_000, checkpoint_interval_steps=2, keep_every_steps=6, eval_interval_steps=100_000)
+    interrupted(lambda: trained(run), tmp_path / "store", "step-00000020")
+    left = [int(path.name.removeprefix("step-")) for path in tmp_path.glob("store/*/checkpoints/step-*")]
+    assert {6, 12, 18, 20} <= set(left)
+    assert not {2, 4, 8, 10, 14} & set(left)
+
+
 def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_checkpoint(
     trained: Trained, tiny_run: Run, tmp_path: Path
 ) -> None:
