@@ -11,18 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from flows.config.engine import Device, EngineConfig
 from flows.config.launcher import LauncherConfig
 from flows.config.model import ModelConfig
 from flows.config.tracking import TrackingConfig
 from flows.config.training import Objective, TrainConfig, TrainingRun
-from flows.data.packed import Row, row_of, sample_order
 from flows.launcher import Heartbeat
 from flows.model.decoder import Decoder, initialize
+from flows.training.made_up_tokens import MadeUpTokens
 
 VOCAB_SIZE = 4096
+SEQUENCES = 1024
 ROUNDS = 8
 STEPS_PER_ROUND = 4
 
@@ -74,29 +74,6 @@ def _training_run(zero_stage: int) -> TrainingRun:
     )
 
 
-class _RandomTokens:
-    """As many sequences as a small corpus, made up."""
-
-    def __init__(self, sequence_length: int) -> None:
-        self._tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (1024, sequence_length + 1), dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        row: NDArray[np.int64] = self._tokens[index]
-        return row
-
-    def row(self, index: int) -> Row:
-        return row_of(self[index], None)
-
-    def order(self, start: int, count: int, seed: int) -> NDArray[np.int64]:
-        return sample_order(len(self), start, count, seed)
-
-    def first(self, count: int) -> NDArray[np.int64]:
-        return np.arange(min(count, len(self)))
-
-
 def _model(training_run: TrainingRun) -> Decoder:
     model = Decoder(training_run.model, VOCAB_SIZE)
     initialize(model, training_run.seed)
@@ -111,7 +88,7 @@ def _our_loop(training_run: TrainingRun) -> Callable[[], float]:
     from flows.training.schedules import learning_rate
 
     engine = build_engine(LossModule(_model(training_run), cross_entropy), training_run)
-    dataset = _RandomTokens(training_run.sequence_length)
+    dataset = MadeUpTokens(VOCAB_SIZE, training_run.sequence_length, SEQUENCES)
     log_dir = Path(tempfile.mkdtemp())
     heartbeat = Heartbeat(log_dir)
     steps = iter(range(training_run.train.max_steps))
@@ -135,13 +112,13 @@ def _bare_loop(training_run: TrainingRun) -> Callable[[], float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _model(training_run).to(device)
     optimizer = build_optimizer(model, training_run.train.optimizer)
-    dataset = _RandomTokens(training_run.sequence_length)
+    dataset = MadeUpTokens(VOCAB_SIZE, training_run.sequence_length, SEQUENCES)
     train = training_run.train
     steps: Iterator[int] = iter(range(train.max_steps))
 
     def step() -> float:
         number = next(steps)
-        order = sample_order(len(dataset), number * train.global_batch_size, train.global_batch_size, training_run.seed)
+        order = dataset.order(number * train.global_batch_size, train.global_batch_size, training_run.seed)
         total = 0.0
         for first in range(0, train.global_batch_size, train.micro_batch_size):
             rows = order[first : first + train.micro_batch_size]
