@@ -68,7 +68,7 @@ class Member:
             if (self._store.root / key / MANIFEST).exists():
                 break
             if stage.module == TRAINING:
-                self._join_if_invited(self._store.root / f"{key}.partial" / "logs")
+                self._join_if_invited(self._store.workplace(stage) / "logs")
             waited_s = time.monotonic() - waited_since
             if led:
                 waited_since = time.monotonic()

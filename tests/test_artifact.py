@@ -20,12 +20,13 @@ from flows.artifact import ArtifactError, ArtifactStore, Stage, explain_change, 
 from flows.config.data import TokenizerConfig
 
 MODULE = """
+import time
 from pathlib import Path
 
 def build(directory, config, parents):
     (directory / "vocab.txt").write_text(f"{config.vocab_size} of {[p.digest[:4] for p in parents.values()]}")
     (directory / "logs").mkdir()
-    (directory / "logs" / "time.txt").write_text(str(id(directory)))
+    (directory / "logs" / "time.txt").write_text(str(time.monotonic_ns()))
     counter = directory.parents[1] / "runs.txt"
     counter.write_text(str(int(counter.read_text()) + 1) if counter.exists() else "1")
     return {"vocab": config.vocab_size}

@@ -58,7 +58,7 @@ class DecoderStack(nn.Module):
         super().__init__()
         # Given, not drawn: `initialize` draws it, and to draw it on the meta device imports a compiler for seconds.
         self.embed_tokens = nn.Embedding(
-            vocab_size, config.hidden_size, _weight=torch.empty(vocab_size, config.hidden_size)
+            vocab_size, config.hidden_size, _weight=torch.zeros(vocab_size, config.hidden_size)
         )
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, config.hidden_size)

@@ -13,22 +13,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from flows.artifact import write_json_atomically
 from flows.config import from_json
 from flows.config.training import TrainingRun
-from flows.data.packed import Row, row_of, sample_order
 from flows.launcher import Heartbeat, follow_parent
 from flows.model.decoder import Decoder, initialize
 from flows.training.batches import micro_batches
 from flows.training.bench import MICRO_STEP_SEQUENCES, BenchJob
 from flows.training.engine import build_engine, close_engine, set_learning_rate, start_process_group, train_step
+from flows.training.made_up_tokens import MadeUpTokens
 from flows.training.objectives import LossModule, cross_entropy
 from flows.training.optimizers import build_optimizer
 from flows.training.schedules import learning_rate
 
 VOCAB_SIZE = 4096
+SEQUENCES = 1024
 COMPARED_STEPS = 3
 ROUNDS = 6
 Step = Callable[[], float]
@@ -78,29 +78,6 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-class _RandomTokens:
-    """As many sequences as a small corpus, made up."""
-
-    def __init__(self, sequence_length: int) -> None:
-        self._tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (1024, sequence_length + 1), dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        row: NDArray[np.int64] = self._tokens[index]
-        return row
-
-    def row(self, index: int) -> Row:
-        return row_of(self[index], None)
-
-    def order(self, start: int, count: int, seed: int) -> NDArray[np.int64]:
-        return sample_order(len(self), start, count, seed)
-
-    def first(self, count: int) -> NDArray[np.int64]:
-        return np.arange(min(count, len(self)))
-
-
 def _model(run: TrainingRun) -> Decoder:
     model = Decoder(run.model, VOCAB_SIZE)
     initialize(model, run.seed)
@@ -109,7 +86,7 @@ def _model(run: TrainingRun) -> Decoder:
 
 def _engine_loop(run: TrainingRun) -> tuple[object, Step]:
     engine = build_engine(LossModule(_model(run), cross_entropy), run)
-    dataset = _RandomTokens(run.sequence_length)
+    dataset = MadeUpTokens(VOCAB_SIZE, run.sequence_length, SEQUENCES)
     steps = iter(range(run.train.max_steps))
 
     def step() -> float:
@@ -125,13 +102,13 @@ def _bare_loop(run: TrainingRun) -> Step:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _model(run).to(device)
     optimizer = build_optimizer(model, run.train.optimizer)
-    dataset = _RandomTokens(run.sequence_length)
+    dataset = MadeUpTokens(VOCAB_SIZE, run.sequence_length, SEQUENCES)
     train = run.train
     steps = iter(range(train.max_steps))
 
     def step() -> float:
         number = next(steps)
-        order = sample_order(len(dataset), number * train.global_batch_size, train.global_batch_size, run.seed)
+        order = dataset.order(number * train.global_batch_size, train.global_batch_size, run.seed)
         total = 0.0
         for first in range(0, train.global_batch_size, MICRO_STEP_SEQUENCES):
             rows = order[first : first + MICRO_STEP_SEQUENCES]

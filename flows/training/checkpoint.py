@@ -256,8 +256,10 @@ def _read_checked_manifest(checkpoint: Path) -> tuple[dict[str, Any], str | None
         if manifest.pop("digest") == digest_json(manifest):
             return manifest, None
         return {}, f"{MANIFEST} has changed since it was written"
-    except (ArtifactError, FileNotFoundError, KeyError, AttributeError) as error:
-        return {}, f"{MANIFEST}: {error!r}"
+    except FileNotFoundError:
+        return {}, f"{MANIFEST} is missing"
+    except (ArtifactError, KeyError, AttributeError, TypeError) as error:
+        return {}, f"{MANIFEST}: {error}"
 
 
 def _file_damage(path: Path, digest: str) -> str | None:

@@ -19,9 +19,9 @@ BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default for `reduce_bucket_size`."""
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default for `stage3_max_live_parameters`: whole weights that ZeRO-3 keeps gathered at once."""
-CPU_RUNTIME_BYTES = 600_000_000
+CPU_RUNTIME_BYTES = 480_000_000
 """Resident memory of a rank whose model is next to nothing: Python, torch, DeepSpeed and what they load on first use;
-602 MB measured with the libraries pinned in pyproject.toml."""
+480 MB measured with the libraries pinned in pyproject.toml."""
 CPU_FRAGMENTATION = 0.1
 """Share of what is allocated that the C library's heap holds besides: measured, 0.09 at the quickstart's models."""
 GPU_RUNTIME_BYTES = 1_500_000_000

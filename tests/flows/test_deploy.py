@@ -382,7 +382,7 @@ def test_served_runs_wait_their_turn_and_leave_nothing_behind(
         (rank,) = running_ranks()
         os.kill(parent_of(rank), signal.SIGTERM)
         eventually(lambda: client.read_flow_run(first).run_count == 2)
-        assert list(store.glob("base-*.partial/checkpoints/step-*/complete.json"))
+        assert list(store.glob("base-*.partial/checkpoints/step-*/manifest.json"))
         assert rank not in running_ranks()
 
         # Two that would overlap: the second waits until the first has been cancelled, with its ranks.

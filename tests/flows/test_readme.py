@@ -37,7 +37,7 @@ def test_commands_compose(command: str) -> None:
     words = shlex.split(command.rpartition("&& ")[2])
     verb = words[2].removeprefix("flows.")
     assert (ROOT / "flows" / f"{verb.replace('.', '/')}.py").exists()
-    if verb not in ("train", "explain", "serve", "bench"):
+    if verb not in ("train", "explain", "plan", "serve", "bench"):
         return
     overrides = [word for word in words[3:] if not word.startswith("--") and word != "job"]
     if "--multirun" in words:

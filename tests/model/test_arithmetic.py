@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flows.compose import CONF_DIR, compose_config
 from flows.config.model import ModelConfig
 from flows.model import arithmetic
-from flows.model.decoder import Decoder
+from flows.model.decoder import Decoder, initialize
 
 VOCAB_SIZE, BATCH, LENGTH = 96, 2, 24
 SHAPE = ModelConfig(
@@ -61,7 +61,9 @@ def test_flops_are_those_that_torch_counts(shape: ModelConfig) -> None:
 @pytest.mark.parametrize("shape", [SHAPE, QWEN_3], ids=["llama", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_those_that_torch_saves(dtype: torch.dtype, shape: ModelConfig) -> None:
-    model = Decoder(shape, VOCAB_SIZE).to(dtype)
+    model = Decoder(shape, VOCAB_SIZE)
+    initialize(model, 0)
+    model = model.to(dtype)
     ids = torch.randint(VOCAB_SIZE, (BATCH, LENGTH))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}

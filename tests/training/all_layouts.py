@@ -7,17 +7,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flows.config.engine import EngineConfig, Precision
 from flows.config.model import ModelConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.training import TrainingRun
-from flows.data.order import sample_order
-from flows.data.packed import Row, row_of
 from flows.launcher import follow_parent
 from flows.model.checkpoint import save_decoder
 from flows.model.decoder import Decoder, initialize
@@ -25,6 +21,7 @@ from flows.training.batches import micro_batches
 from flows.training.checkpoint import Checkpoints
 from flows.training.consolidation import consolidate
 from flows.training.engine import build_engine, close_engine, set_learning_rate, start_process_group, train_step
+from flows.training.made_up_tokens import MadeUpTokens
 from flows.training.objectives import LossModule, cross_entropy
 from flows.training.weight_parts import named_parts
 from tests.training.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, tiny_run
@@ -44,24 +41,11 @@ def run_of(kind: str, zero_stage: int) -> TrainingRun:
     )
 
 
-class RandomTokens(list[NDArray[np.int64]]):
-    """Sequences in memory, in the order of a run's."""
-
-    def row(self, index: int) -> Row:
-        return row_of(self[index], None)
-
-    def order(self, start: int, count: int, seed: int) -> NDArray[np.int64]:
-        return sample_order(len(self), start, count, seed)
-
-    def first(self, count: int) -> NDArray[np.int64]:
-        return np.arange(count)
-
-
 def main(directory: Path) -> None:
     """Leaves `<kind>/<position in the chain>` with a checkpoint and consolidated weights, and losses.json."""
     follow_parent()
     start_process_group()
-    dataset = RandomTokens(np.random.default_rng(0).integers(1, VOCAB_SIZE, (64, SEQUENCE_LENGTH + 1), dtype=np.int64))
+    dataset = MadeUpTokens(VOCAB_SIZE, SEQUENCE_LENGTH, count=64)
     losses: dict[str, list[float]] = {}
     for kind, chain in CHAINS.items():
         losses[kind] = []

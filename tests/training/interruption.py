@@ -25,8 +25,16 @@ def until(condition: Callable[[], Any]) -> Any:
     return value
 
 
-def interrupted(train: Callable[[], Artifact], store: Path, checkpoint: str, rank: int = 0) -> RankError:
-    """Kills a rank as soon as a checkpoint is complete; the error that the run ends with."""
+def kill(rank: int) -> None:
+    """SIGKILL to one of the ranks that run."""
+    (victim,) = [process for process in running() if process.number == rank]
+    os.kill(victim.pid, signal.SIGKILL)
+
+
+def interrupted(
+    train: Callable[[], Artifact], store: Path, checkpoint: str, happens: Callable[[], object] = lambda: kill(0)
+) -> RankError:
+    """Lets something happen as soon as a checkpoint is complete; the error that the run then ends with."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -37,11 +45,11 @@ def interrupted(train: Callable[[], Artifact], store: Path, checkpoint: str, ran
 
     thread = threading.Thread(target=run)
     thread.start()
-    until(lambda: list(store.glob(f"*.partial/checkpoints/{checkpoint}/manifest.json")) or errors)
+    until(lambda: list(store.glob(f"*.partial/checkpoints/{checkpoint}")) or errors)
     assert not errors, errors
-    victims = [process for process in running() if process.number == rank]
-    os.kill(victims[0].pid, signal.SIGKILL)
+    happens()
     thread.join(DEADLINE_S)
     assert len(errors) == 1
     assert isinstance(errors[0], RankError)
+    assert not running()
     return errors[0]

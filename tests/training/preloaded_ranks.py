@@ -24,7 +24,9 @@ _context = multiprocessing.get_context("forkserver")
 
 def start_server() -> None:
     """Starts the process that ranks are forked from; one thread each, as its environment says."""
-    _context.set_forkserver_preload(["flows.training.loop", "transformers"])  # tensor parallelism imports the latter
+    _context.set_forkserver_preload(
+        ["flows.training.loop", "torch._dynamo", "deepspeed.moe.utils", "pytest", "transformers"]
+    )
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("OMP_NUM_THREADS", "1")  # read when torch is imported
         environment.setenv("DS_ACCELERATOR", "cpu")  # and this when DeepSpeed is

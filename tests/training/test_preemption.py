@@ -5,42 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from flows.artifact import Artifact
 from flows.config.training import TrainingRun
 from flows.launcher import Preempted
-
-DEADLINE_S = 90.0
-
-
-def ranks_of_this_process() -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # also a zombie
-            if "flows.training" in process.cmdline():
-                found.append(process)
-    return found
+from tests.training.interruption import DEADLINE_S, kill, until
+from tests.training.preloaded_ranks import PreloadedRank, running
 
 
-def rank(number: int) -> psutil.Process:
-    """A rank that trains already: one that has been started again is another process."""
-    return next(p for p in ranks_of_this_process() if p.environ()["RANK"] == str(number))
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "gave up waiting"
-        time.sleep(0.005)
+def rank(number: int) -> PreloadedRank:
+    """A rank that trains: one that has been started again is another process."""
+    return next(one for one in running() if one.number == number)
 
 
 @pytest.mark.distributed
@@ -68,14 +48,14 @@ def test_killed_restarted_preempted_and_resumed_equals_undisturbed(
     thread.start()
     until(lambda: step() > 12)
     first = rank(1)
-    os.kill(first.pid, signal.SIGKILL)
-    until(lambda: not first.is_running() and len(ranks_of_this_process()) == 2 and step() > 30)
+    kill(1)
+    until(lambda: first.poll() is not None and len(running()) == 2 and step() > 30)
     os.kill(rank(1).pid, signal.SIGTERM)
     thread.join(DEADLINE_S)
     (end,) = ends
     assert isinstance(end, Preempted), end
-    assert not ranks_of_this_process()
-    (newest,) = sorted(path.parent.name for path in tmp_path.glob("store/*.partial/checkpoints/step-*/complete.json"))[
+    assert not running()
+    (newest,) = sorted(path.parent.name for path in tmp_path.glob("store/*.partial/checkpoints/step-*/manifest.json"))[
         -1:
     ]
     saved = int(newest.removeprefix("step-"))

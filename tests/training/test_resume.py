@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from flows.artifact import Artifact
+from flows.config import to_json
+from flows.config.engine import EngineConfig
 from flows.config.launcher import LauncherConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.training import TrainingRun
-from flows.launcher import RankError
-from tests.training.interruption import DEADLINE_S, interrupted
+from flows.launcher import RankError, launch_ranks
+from flows.training.damage_drill import CUTS, FLIPS, DamageJob
+from tests.training.interruption import DEADLINE_S, interrupted, kill
 from tests.training.preloaded_ranks import running
 
 Trained = Callable[..., Artifact]
@@ -26,14 +32,31 @@ def long_run(tiny_run: Run) -> TrainingRun:
     return tiny_run(max_steps=160, checkpoint_interval_steps=20, eval_interval_steps=40)
 
 
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
+def test_killed_in_a_save_then_out_of_disk_then_resumed_equals_uninterrupted_bit_for_bit(
     trained: Trained, losses: Losses, long_run: TrainingRun, tmp_path: Path
 ) -> None:
-    error = interrupted(lambda: trained(long_run), tmp_path / "store", "step-00000040")
+    store = tmp_path / "store"
+    error = interrupted(lambda: trained(long_run), store, "*step-0000004*")  # as soon as it is begun
     assert "rank 0 was killed by SIGKILL" in str(error)
-    assert not running()
+
+    (checkpoints,) = store.glob("*.partial/checkpoints")
+    written = next(checkpoints.glob("step-*/*.safetensors")).stat().st_size
+
+    def fill_disk() -> None:  # for the ranks: no file may grow beyond half of what a checkpoint needs
+        for rank in running():
+            resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (written // 2, written // 2))
+
+    error = interrupted(lambda: trained(long_run), store, "step-0000008*", fill_disk)
+    assert re.search(
+        r"checkpoint .*/step-\d+ could not be written \(rank 0: .*File too large.*\)\. It takes 0\.\d MB and "
+        r"\d+\.\d MB are free there\. Earlier checkpoints are intact: step-\d+, step-\d+\. Make room",
+        str(error),
+    )
+    assert not list(checkpoints.glob(".*"))
+    left = max(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*"))
+
     resumed = trained(long_run)
-    assert 40 <= resumed.metrics["resumed_from_step"] < 160
+    assert resumed.metrics["resumed_from_step"] == left >= 80
     whole = trained(long_run, store="other")
     assert whole.metrics["resumed_from_step"] == 0
     assert losses(resumed) == losses(whole)
@@ -44,28 +67,6 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     assert len(receipts[0].splitlines()) == 160
     validation = [event for event in resumed.metrics["curve"] if "validation_loss" in event]
     assert validation == [event for event in whole.metrics["curve"] if "validation_loss" in event]
-
-
-def test_damaged_checkpoints_are_passed_over(
-    trained: Trained, losses: Losses, long_run: TrainingRun, tmp_path: Path
-) -> None:
-    interrupted(lambda: trained(long_run), tmp_path / "store", "step-00000060")
-    checkpoints = next((tmp_path / "store").glob("*.partial/checkpoints"))
-    complete = sorted(path.parent for path in checkpoints.glob("step-*/manifest.json"))
-    assert len(complete) >= 2  # keep_checkpoints, and perhaps one that was about to go
-    newest = max(complete[-1].glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    flipped = bytearray(newest.read_bytes())
-    flipped[len(flipped) // 2] ^= 1
-    newest.write_bytes(flipped)
-    cut_short = checkpoints / ".step-00000150.partial"
-    cut_short.mkdir()
-    (cut_short / "half.safetensors").write_bytes(b"half")
-    resumed = trained(long_run)
-    assert resumed.metrics["resumed_from_step"] == int(complete[-2].name.removeprefix("step-"))
-    log = (resumed.path / "logs" / "rank-0.log").read_text()
-    assert f"{newest.name} has changed since it was written" in log
-    assert ".step-00000150.partial was cut short" in log
-    assert losses(resumed) == losses(trained(long_run, store="other"))
 
 
 @pytest.mark.distributed
@@ -82,11 +83,19 @@ def test_a_dead_rank_ends_the_run_in_seconds_and_leaves_nothing(
             started.append(time.monotonic())
 
     killed_after = time.monotonic()
-    error = interrupted(train, tmp_path / "store", "step-00000010", rank=1)
+    error = interrupted(train, tmp_path / "store", "step-00000010", lambda: kill(1))
     assert "rank 1 was killed by SIGKILL" in str(error)
     assert "its last lines" in str(error)
     assert started[0] - killed_after < DEADLINE_S
     assert not running()
+
+
+def test_every_kth_checkpoint_stays(trained: Trained, tiny_run: Run, tmp_path: Path) -> None:
+    run = tiny_run(max_steps=100_000, checkpoint_interval_steps=2, keep_every_steps=6, eval_interval_steps=100_000)
+    interrupted(lambda: trained(run), tmp_path / "store", "step-00000020")
+    left = [int(path.name.removeprefix("step-")) for path in tmp_path.glob("store/*/checkpoints/step-*")]
+    assert {6, 12, 18, 20} <= set(left)
+    assert not {2, 4, 8, 10, 14} & set(left)
 
 
 def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_checkpoint(
@@ -122,3 +131,19 @@ def test_early_stopping_keeps_the_best_weights(trained: Trained, tiny_run: Run) 
     assert artifact.metrics["steps"] < 200
     assert artifact.metrics["best_validation_loss"] == min(validation)
     assert validation[-3:] > [min(validation)] * 3
+
+
+@pytest.mark.distributed
+def test_every_damage_to_a_checkpoint_is_passed_over(tiny_run: Run, tmp_path: Path) -> None:
+    """Twenty cuts, twenty flipped bits, missing files: the losses afterwards are those of the run without damage."""
+    job = DamageJob(run=tiny_run(ranks=2, micro_batch_size=2, engine=EngineConfig(zero_stage=2)), directory=tmp_path)
+    (tmp_path / "run.json").write_text(to_json(job))
+    launch_ranks("flows.training.damage_drill", tmp_path / "run.json", job.run.launcher, tmp_path / "logs")
+    outcomes = json.loads((tmp_path / "outcomes.json").read_text())
+    assert len(outcomes) == CUTS + FLIPS + 4
+    assert set(outcomes.values()) == {"ok"}, outcomes
+    log = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert log.count("is damaged") == CUTS + FLIPS + 3
+    assert "safetensors has changed since it was written" in log
+    assert "manifest.json" in log
+    assert ".step-00000003.partial was cut short and is removed" in log
