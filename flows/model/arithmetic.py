@@ -25,8 +25,15 @@ def weight_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, 
     layer["self_attn.o_proj.weight"] = (width, widths["q_proj"])
     if config.qk_norm:
         layer |= {f"self_attn.{name}.weight": (config.head_dim,) for name in ("q_norm", "k_norm")}
-    layer["mlp.gate_proj.weight"] = layer["mlp.up_proj.weight"] = (config.intermediate_size, width)
-    layer["mlp.down_proj.weight"] = (width, config.intermediate_size)
+    for number in range(config.num_experts):
+        expert = f"block_sparse_moe.experts.{number}"
+        layer[f"{expert}.w1.weight"] = layer[f"{expert}.w3.weight"] = (config.intermediate_size, width)
+        layer[f"{expert}.w2.weight"] = (width, config.intermediate_size)
+    if config.num_experts:
+        layer["block_sparse_moe.gate.weight"] = (config.num_experts, width)
+    else:
+        layer["mlp.gate_proj.weight"] = layer["mlp.up_proj.weight"] = (config.intermediate_size, width)
+        layer["mlp.down_proj.weight"] = (width, config.intermediate_size)
     layer |= {f"{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab_size, width)}
     for number in range(config.num_hidden_layers):
@@ -43,14 +50,18 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> int:
 
 
 def matrix_parameter_count(config: ModelConfig, vocab_size: int) -> int:
-    """Parameters that every token is multiplied with: all layers' matrices and the output projection."""
-    return config.num_hidden_layers * layer_matrix_count(config) + vocab_size * config.hidden_size
+    """Parameters that a token is multiplied with: matrices of all layers, of its own experts, and for the scores."""
+    layer = layer_matrix_count(config, config.num_experts_per_tok if config.num_experts else 1)
+    return config.num_hidden_layers * layer + vocab_size * config.hidden_size
 
 
-def layer_matrix_count(config: ModelConfig) -> int:
-    """Matrix parameters of one layer."""
+def layer_matrix_count(config: ModelConfig, experts: int | None = None) -> int:
+    """Matrix parameters of one layer with as many experts, or with all that it has."""
+    if experts is None:
+        experts = max(1, config.num_experts)
     attention = 2 * config.hidden_size * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    return attention + 3 * config.hidden_size * config.intermediate_size
+    gate = config.hidden_size * config.num_experts
+    return attention + gate + experts * 3 * config.hidden_size * config.intermediate_size
 
 
 def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> float:
@@ -80,7 +91,8 @@ def layer_activation_bytes(config: ModelConfig, width_bytes: int, fused_norms: b
     attention = width_bytes * 2 * (heads + kv_heads) * config.head_dim + FP32_BYTES * heads
     if config.qk_norm:
         attention += (heads + kv_heads) * (_inside_norm(config.head_dim, width_bytes, fused_norms) + FP32_BYTES)
-    feed_forward = 4 * width_bytes * config.intermediate_size
+    experts = config.num_experts_per_tok if config.num_experts else 1
+    feed_forward = 4 * width_bytes * config.intermediate_size * experts
     return attention + feed_forward + 2 * norm_activation_bytes(config, width_bytes, fused_norms)
 
 

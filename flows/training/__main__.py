@@ -29,7 +29,8 @@ def main(run_path: Path) -> int:
     os.environ["DS_ACCELERATOR"] = _accelerator(job.run.engine.device)  # DeepSpeed reads it when it is imported
     from flows.training.quick_start import keep_compiler_out
 
-    keep_compiler_out()
+    if not job.run.engine.compile:
+        keep_compiler_out()
     from flows.training.loop import train
     from flows.training.preemption import StoppedEarly
 

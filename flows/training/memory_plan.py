@@ -51,11 +51,11 @@ def layout_of(run: TrainingRun) -> Layout:
     """The layout that a run asks for, raw DeepSpeed keys included."""
     zero: Mapping[str, Any] = deepspeed_config(run)["zero_optimization"]
     return Layout(
-        dp=run.launcher.num_ranks,
-        pipeline_stages=1,
-        tensor_parallel=1,
-        sequence_parallel=1,
-        activation_checkpointing=False,
+        dp=run.dp_size * run.engine.sequence_parallel_size,  # ZeRO shares among both kinds
+        pipeline_stages=run.engine.pipeline_stages,
+        tensor_parallel=run.engine.tensor_parallel_size,
+        sequence_parallel=run.engine.sequence_parallel_size,
+        activation_checkpointing=run.engine.activation_checkpointing,
         zero_stage=run.engine.zero_stage,
         optimizer_offloaded=_is_offloaded(zero, "offload_optimizer"),
         parameters_offloaded=_is_offloaded(zero, "offload_param"),

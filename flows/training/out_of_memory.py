@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from flows.config import RunError
+from flows.config import ConfigError, RunError
 from flows.config.engine import Precision
 from flows.config.model import ModelConfig
 from flows.config.training import Objective, TrainingRun
@@ -15,6 +17,7 @@ from flows.training.hardware import usable_memory_bytes
 from flows.training.memory_plan import plan_memory
 from flows.training.plan import gib
 
+Change = Callable[[], TrainingRun]
 SHOWN = 2
 WORTH_IT = 0.99
 """A change that leaves more than this share of the memory is not worth naming."""
@@ -81,40 +84,54 @@ def remedies(run: TrainingRun, vocab_size: int, is_gpu: bool, teacher: ModelConf
     """Changes of one setting that save memory, as planned."""
     before = plan_memory(run, vocab_size, is_gpu, teacher).total_bytes
     found = []
-    for setting, changed, slowdown, note in _changes(run):
-        after = plan_memory(changed, vocab_size, is_gpu, teacher).total_bytes
+    for setting, change, slowdown, note in _changes(run):
+        try:
+            after = plan_memory(change(), vocab_size, is_gpu, teacher).total_bytes
+        except ConfigError:  # not together with the run's other settings
+            continue
         if after <= WORTH_IT * before:
             found.append(Remedy(setting, after, slowdown, note))
     return found
 
 
-def _changes(run: TrainingRun) -> Iterator[tuple[str, TrainingRun, float, str]]:
-    """Settings with what they become; how much slower is what their sources say, or an assumption."""
+def _changes(run: TrainingRun) -> Iterator[tuple[str, Change, float, str]]:
+    """Settings with what makes them; how much slower is what their sources say, or an assumption."""
     section = "distill.train" if run.objective == Objective.distillation else "train"
     size, stage = run.train.micro_batch_size, run.engine.zero_stage
     while size > 1 and size % 2 == 0:
         size //= 2
         halvings = run.train.micro_batch_size // size
-        changed = replace(run, train=replace(run.train, micro_batch_size=size))
+        changed = partial(_with_train, run, micro_batch_size=size)
         slowdown = 0.03 * halvings / 2
         yield f"{section}.micro_batch_size={size}", changed, slowdown, "a few per cent slower, the same result"
     if run.launcher.num_ranks > 1:
         for higher in range(stage + 1, 4):
-            changed = replace(run, engine=replace(run.engine, zero_stage=higher))
+            changed = partial(_with_engine, run, zero_stage=higher)
             # ZeRO 1 and 2 communicate as much as plain data parallelism, ZeRO-3 1.5 x (arXiv:1910.02054, section 7).
             slowdown, note = (0.02, "about as fast") if higher < 3 else (0.15, "half as much communication again")
             yield f"engine.zero_stage={higher}", changed, slowdown, note
     if run.engine.zero_stage > 0 and "zero_optimization" not in run.engine.deepspeed:
         keys = {"zero_optimization": {"reduce_bucket_size": 50_000_000}}
-        changed = replace(run, engine=replace(run.engine, deepspeed={**run.engine.deepspeed, **keys}))
+        changed = partial(_with_engine, run, deepspeed={**run.engine.deepspeed, **keys})
         setting = "+engine.deepspeed.zero_optimization.reduce_bucket_size=50000000"
         yield setting, changed, 0.02, "about as fast: messages of 50 M numbers"
     if run.engine.precision == Precision.fp32 and run.engine.zero_stage > 0:  # DeepSpeed has no bf16 without ZeRO
-        changed = replace(run, engine=replace(run.engine, precision=Precision.bf16))
+        changed = partial(_with_engine, run, precision=Precision.bf16)
         yield "engine.precision=bf16", changed, 0.05, "usually faster, rounded to 8 bits"
+    if not run.engine.activation_checkpointing:
+        changed = partial(_with_engine, run, activation_checkpointing=True)
+        yield "engine.activation_checkpointing=true", changed, 0.33, "a third slower, the same result"
     if run.sequence_length >= 16:
         half = run.sequence_length // 2
-        yield f"data.sequence_length={half}", replace(run, sequence_length=half), 1.0, "a shorter context"
+        yield f"data.sequence_length={half}", partial(replace, run, sequence_length=half), 1.0, "a shorter context"
+
+
+def _with_train(run: TrainingRun, **settings: Any) -> TrainingRun:
+    return replace(run, train=replace(run.train, **settings))
+
+
+def _with_engine(run: TrainingRun, **settings: Any) -> TrainingRun:
+    return replace(run, engine=replace(run.engine, **settings))
 
 
 def rank_limit_bytes(ranks: int) -> float:

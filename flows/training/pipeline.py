@@ -53,7 +53,7 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # ships no types
                 parts, num_stages=run.engine.pipeline_stages, loss_fn=self._mean_loss, partition_method="type:_Layer"
             )
         self._objective = objective
-        self.tells_documents_apart = run.document_masks
+        self.tells_documents_apart, self.sequence_length = run.document_masks, run.sequence_length
         mine = {id(parameter) for parameter in self.parameters()}
         self.named_weights = {name: weight for name, weight in decoder.named_parameters() if id(weight) in mine}
 
@@ -168,7 +168,8 @@ def _inputs_and_labels(
         labels = (batch.input_ids_BL, batch.targets_BL, batch.loss_tokens)
         if engine.module.tells_documents_apart:  # in each micro batch: stages expect tensors of one shape
             ids = batch.document_ids_BL
-            ids = torch.zeros_like(batch.input_ids_BL) if ids is None else ids
+            if ids is None:
+                ids = batch.input_ids_BL.new_zeros((len(batch.input_ids_BL), engine.module.sequence_length))
             yield (batch.input_ids_BL, ids), (*labels, ids)
         else:
             yield batch.input_ids_BL, labels

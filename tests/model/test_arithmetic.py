@@ -23,6 +23,7 @@ SHAPE = ModelConfig(
 )
 QWEN_2 = replace(SHAPE, qkv_bias=True, tie_word_embeddings=False)
 QWEN_3 = replace(SHAPE, qk_norm=True, attention_head_dim=32)
+MIXTRAL = replace(SHAPE, num_experts=4, num_experts_per_tok=2)
 MODELS = sorted(CONF_DIR.glob("model/*.yaml"))
 
 
@@ -39,7 +40,7 @@ def test_parameters_are_those_of_the_model(path: Path, tied: bool) -> None:
     assert arithmetic.parameter_count(config, 4096) == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("shape", [QWEN_2, QWEN_3, SHAPE], ids=["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("shape", [QWEN_2, QWEN_3, MIXTRAL, SHAPE], ids=["qwen2", "qwen3", "mixtral", "llama"])
 def test_shapes_are_those_of_the_model(shape: ModelConfig) -> None:
     with torch.device("meta"):
         model = Decoder(shape, VOCAB_SIZE)
