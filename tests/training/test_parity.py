@@ -67,43 +67,48 @@ CASES = [
     Case(1, {"zero_stage": 0}),
     Case(1, distills=True),
     *[Case(2, {"zero_stage": stage}) for stage in (0, 1, 2, 3)],
-    *[Case(2, {"zero_stage": stage, **ON_CPU}) for stage in (1, 2, 3)],
     Case(2, ALL_ON_CPU),
-    *[Case(2, {"zero_stage": stage, **RECOMPUTE}) for stage in (1, 3)],
-    Case(2, {**BF16, "zero_stage": 1}),
+    Case(2, {**RECOMPUTE, "zero_stage": 1}),
     Case(2, {**BF16, "zero_stage": 2}),
+    Case(2, PIPELINE, documents=True),
+    Case(2, {**TENSOR, "zero_stage": 1}),
+    Case(2, {**SEQUENCE, "zero_stage": 1}, documents=True),
+    Case(2, {"expert_parallel_size": 2}, EXPERTS, distills=True),
+    Case(4, {**PIPELINE, **SEQUENCE}, documents=True),
+]
+"""One of each kind."""
+MORE_CASES = [
+    *[Case(2, {"zero_stage": stage, **ON_CPU}) for stage in (1, 2, 3)],
+    Case(2, {**RECOMPUTE, "zero_stage": 3}),
+    Case(2, {**BF16, "zero_stage": 1}),
     Case(2, {**BF16, "zero_stage": 3}),
     Case(2, PIPELINE),
     Case(2, PIPELINE, UNTIED),
     Case(2, {**PIPELINE, **RECOMPUTE}),
     Case(2, {**PIPELINE, **BF16}),
     Case(2, PIPELINE, distills=True),
-    Case(2, PIPELINE, documents=True),
     Case(2, PIPELINE, averages=True),
-    *[Case(2, {**TENSOR, "zero_stage": stage}) for stage in (0, 1, 2, 3)],
+    *[Case(2, {**TENSOR, "zero_stage": stage}) for stage in (0, 2, 3)],
     Case(2, {**TENSOR, **RECOMPUTE}),
     Case(2, {**TENSOR, **BF16}),
     Case(2, TENSOR, distills=True),
     Case(2, TENSOR, documents=True),
     Case(2, TENSOR, averages=True),
-    *[Case(2, {**SEQUENCE, "zero_stage": stage}) for stage in (0, 1, 2, 3)],
+    *[Case(2, {**SEQUENCE, "zero_stage": stage}) for stage in (0, 2, 3)],
     Case(2, {**SEQUENCE, **RECOMPUTE}),
     Case(2, {**SEQUENCE, **BF16}),
     Case(2, SEQUENCE, distills=True),
-    Case(2, SEQUENCE, documents=True),
     Case(1, {"zero_stage": 1}, EXPERTS),
     *[Case(2, {"zero_stage": stage, "expert_parallel_size": 1}, EXPERTS) for stage in (0, 1, 2)],
     *[Case(2, {"zero_stage": stage, "expert_parallel_size": 2}, EXPERTS) for stage in (1, 2)],
     Case(2, {"expert_parallel_size": 2, **RECOMPUTE}, {**EXPERTS, "num_experts_per_tok": 3}),
     Case(2, {"expert_parallel_size": 2, **BF16}, EXPERTS),
-    Case(2, {"expert_parallel_size": 2}, EXPERTS, distills=True),
     Case(4, {"expert_parallel_size": 2}, EXPERTS, optimizer=Optimizer.sgd),
     Case(4, {"zero_stage": 3}),
     Case(4, PIPELINE),
     Case(4, {**PIPELINE, "pipeline_stages": 4}, WIDE),
     Case(4, {**TENSOR, "zero_stage": 2}),
     Case(4, {**SEQUENCE, "zero_stage": 3}),
-    Case(4, {**PIPELINE, **SEQUENCE}, documents=True),
     Case(4, {**TENSOR, **SEQUENCE}, WIDE),
     Case(4, {**TENSOR, "tensor_parallel_size": 4}, WIDE),
 ]
@@ -137,7 +142,9 @@ def run_of(case: Case, tiny_run: Run) -> TrainingRun:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.exhaustive) for case in MORE_CASES)], ids=str
+)
 def test_the_loss_curve_and_the_weights_are_those_of_a_bare_loop(
     case: Case, trained: Trained, losses: Losses, tiny_run: Run, data: dict[str, Artifact], teacher: Artifact
 ) -> None:
