@@ -66,6 +66,8 @@ def test_a_changed_temperature_reruns_distillation_and_what_follows(workplace: W
 
 
 def test_damage_is_repaired_and_what_follows_from_equal_bytes_is_not_repeated(workplace: Workplace) -> None:
+    served = workplace.root / "model_repo" / "smoke" / "1" / "model.onnx"
+    served.write_bytes(served.read_bytes()[:-1])
     (program,) = (workplace.root / "artifacts/store").glob("base_program-*/model.onnx")
     whole = program.read_bytes()
     damaged = bytearray(whole)
@@ -74,25 +76,17 @@ def test_damage_is_repaired_and_what_follows_from_equal_bytes_is_not_repeated(wo
     next((workplace.root / "artifacts/store").glob("base_quality-*/quality.json")).unlink()
     done = workplace.run("train", "+experiment=smoke")
     assert done.returncode == 0, done.stderr
-    assert workplace.ran("smoke") == ["base_program", "base_quality"]
+    assert workplace.ran("smoke")[:3] == ["base_program", "base_quality", "publish"]
+    assert "smoke version 2 is published" in done.stdout
     assert "model.onnx has sha256" in workplace.stages("smoke")["base_program"]["reason"]
     assert "quality.json is missing" in workplace.stages("smoke")["base_quality"]["reason"]
     assert program.read_bytes() == whole
 
 
-def test_a_version_that_was_tampered_with_is_published_again(workplace: Workplace) -> None:
-    served = workplace.root / "model_repo" / "smoke" / "1" / "model.onnx"
-    served.write_bytes(served.read_bytes()[:-1])
-    done = workplace.run("train", "+experiment=smoke")
-    assert done.returncode == 0, done.stderr
-    assert workplace.ran("smoke")[0] == "publish"
-    assert "smoke version 2 is published" in done.stdout
-
-
 def test_a_run_that_is_interrupted_and_killed_carries_on(
     workplace: Workplace, until: Callable[[Callable[[], Any]], Any]
 ) -> None:
-    words = ["+experiment=smoke", "name=long", "distill=none", "quantize=none", "train.max_steps=100"]
+    words = ["+experiment=smoke", "name=long", "distill=none", "quantize=none", "train.max_steps=60"]
     words += ["train.optimizer.learning_rate=1e-7", "evaluate.gates.beat_unigram=true"]
     words += ["train.checkpoint_interval_steps=10"]
     store = workplace.root / "artifacts/store"
