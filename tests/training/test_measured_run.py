@@ -112,6 +112,7 @@ def test_deepspeeds_flops_profiler_counts_what_was_planned(measured: Artifact, r
     assert flops == pytest.approx(2 * tokens * arithmetic.matrix_parameter_count(run.model, 4096), rel=0.01)
 
 
+@pytest.mark.exhaustive
 def test_too_little_memory_ends_with_the_plan_and_two_settings(
     data: dict[str, Artifact], tiny_run: Run, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ assert "torch._dynamo.convert_frame" in sys.modules
 """
 
 
+@pytest.mark.exhaustive
 def test_the_compiler_stays_out_until_it_is_wanted() -> None:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(

@@ -69,6 +69,7 @@ def hosts() -> Iterator[list[str]]:
             ip("netns", "del", name)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 def test_the_same_command_on_two_hosts_trains_one_model(
     hosts: list[str],
