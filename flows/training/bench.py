@@ -1,6 +1,6 @@
 """Training speed of every engine against a bare torch loop of the same model and batches.
 
-    python -m flows.training.bench          one rank per ZeRO stage, two ranks of two kinds; a minute and a half
+    python -m flows.training.bench          one rank per ZeRO stage, two ranks of two kinds; two minutes and a half
     python -m flows.training.bench --all    every engine
 
 The bare loop is one process with all cores (on CUDA one GPU); it runs in turns with the engine, and its losses are
@@ -27,7 +27,7 @@ from flows.config.tracking import TrackingConfig
 from flows.config.training import Objective, TrainConfig, TrainingRun
 from flows.launcher import launch_ranks
 
-MICRO_STEP_SEQUENCES = 4
+MICRO_STEP_SEQUENCES = 8
 """In one forward-backward of all ranks together, and of the bare loop."""
 ALLOWED_DIFFERENCE = {Precision.fp32: 1e-3, Precision.bf16: 0.05}
 """Of losses of about 8 nats, in the first nine steps: above it there is nothing worth timing."""
@@ -115,7 +115,7 @@ def _training_run(row: Row) -> TrainingRun:
         train=TrainConfig(
             max_steps=100,
             warmup_steps=0,
-            global_batch_size=8,
+            global_batch_size=2 * MICRO_STEP_SEQUENCES,
             micro_batch_size=MICRO_STEP_SEQUENCES * engine.ranks_per_replica // row.ranks,
         ),
         engine=engine,
