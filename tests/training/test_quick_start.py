@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 from flows.training.quick_start import keep_compiler_out
 keep_compiler_out()
 import torch
-
-import pytest
 optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, 2))], fused=True)
 optimizer.param_groups[0]["params"][0].grad = torch.ones(2, 2)
 optimizer.step()
