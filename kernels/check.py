@@ -2,8 +2,8 @@
 # mypy: disable-error-code="import-untyped"
 """Compiles every kernel launch for GPUs that need not be here: `python -m kernels.check`.
 
-The functions that launch kernels run on empty CPU tensors while launching is replaced by compiling, so that what is
-checked is what a GPU would get: the same specialization, options and constants. Fails on spilled registers, on more
+Each workload runs on small CPU tensors while launching is replaced by compiling, so that what is checked is what a GPU
+would get: the same specialization, options and constants. Fails on spilled registers, on more
 shared memory than the part has, and on anything that does not compile.
 """
 
@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-from kernels.dispatch import DTYPES, INTERPRETED, MAX_COLUMNS
-from kernels.rms_norm_triton import rms_norm_bwd, rms_norm_fwd
+from kernels import dispatch
+from kernels.dispatch import INTERPRETED
+from kernels.workloads import Workload, all_workloads
 
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """What one block may use on each architecture that is checked (CUDA programming guide, compute capabilities)."""
@@ -58,20 +59,18 @@ class Compiled:
         return None
 
 
-def launch_rms_norm() -> None:
-    """Launches both passes for common widths, an odd one and the largest, in every dtype."""
+def launches(workload: Workload) -> Callable[[], None]:
+    """Runs the operation and its backward pass once, on small uninitialized CPU tensors."""
 
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
+    def launch() -> None:
+        inputs = workload.inputs(workload.small, workload.dtype, torch.device("cpu"))
+        results = workload.kernel(**inputs)
+        if workload.backward is not None:
+            wanted = [value for value in inputs.values() if isinstance(value, Tensor) and value.requires_grad]
+            outputs = [result for result in ((results,) if isinstance(results, Tensor) else results)]
+            torch.autograd.grad(outputs, wanted, [torch.empty_like(output) for output in outputs])
 
-    for dtype in DTYPES:
-        for width in (256, 1000, 4096, MAX_COLUMNS):
-            x, weight = empty(64, width, dtype=dtype), empty(width, dtype=dtype)
-            rms_norm_fwd(x, weight, 1e-5)
-            rms_norm_bwd(x, x, weight, empty(64, dtype=torch.float32))
-
-
-LAUNCHES: dict[str, Callable[[], None]] = {"rms_norm": launch_rms_norm}
+    return launch
 
 
 class _CompileOnlyDriver(DriverBase):  # type: ignore[misc]
@@ -115,11 +114,11 @@ def _compiling(architecture: int, found: dict[str, Compiled]) -> Iterator[None]:
         return kernel
 
     triton.runtime.driver.set_active(_CompileOnlyDriver(architecture))
-    JITFunction.run = compile_only
+    JITFunction.run, dispatch.compile_only = compile_only, True
     try:
         yield
     finally:
-        JITFunction.run, triton.runtime.driver._active = launch, active
+        JITFunction.run, triton.runtime.driver._active, dispatch.compile_only = launch, active, False
 
 
 def _inspect(function: Any, kernel: Any, architecture: int) -> Compiled:
@@ -148,22 +147,25 @@ def _output(tool: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def compile_launches(launches: Callable[[], None], architecture: int) -> list[Compiled]:
-    """Each distinct kernel variant that `launches` asks for, compiled for an architecture such as 90 (sm_90).
+def compile_launches(launches: Iterable[Callable[[], Any]], architecture: int) -> list[Compiled]:
+    """Each distinct kernel variant that is launched, compiled for an architecture such as 90 (sm_90).
 
     Raises:
         triton.CompilationError: A kernel does not compile.
     """
     found: dict[str, Compiled] = {}
     with _compiling(architecture, found):
-        launches()
+        for launch in launches:
+            launch()
     return list(found.values())
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints what every launch compiles to; returns 1 if any of it is at fault."""
+    workloads = all_workloads()
+    ops = sorted({workload.op for workload in workloads})
     parser = argparse.ArgumentParser(prog="python -m kernels.check", description="Compile every kernel without a GPU.")
-    parser.add_argument("--op", choices=LAUNCHES, nargs="*", default=list(LAUNCHES), help="operations; default: all")
+    parser.add_argument("--op", choices=ops, nargs="*", default=ops, help="operations; default: all")
     parser.add_argument(
         "--architecture", type=int, choices=SHARED_MEMORY_BYTES, nargs="*", default=list(SHARED_MEMORY_BYTES)
     )
@@ -172,9 +174,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 interprets kernels instead of compiling them. Unset it.")
     faults = 0
     print(f"triton {triton.__version__}\n{'kernel':28} {'sm':>3} {'registers':>9} {'spills':>6} {'shared':>6}  variant")
-    for op in chosen.op:
-        for architecture in chosen.architecture:
-            for made in compile_launches(LAUNCHES[op], architecture):
+    for architecture in chosen.architecture:
+        for op in chosen.op:
+            for made in compile_launches([launches(each) for each in workloads if each.op == op], architecture):
                 faults += made.fault is not None
                 print(
                     f"{made.kernel:28} {made.architecture:3} {made.registers:9} {made.spill_instructions:6} "

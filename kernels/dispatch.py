@@ -11,6 +11,8 @@ from torch import Tensor, float16, float32
 from torch import bfloat16 as bf16
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+compile_only = False
+"""Set while launches compile and run nothing (`kernels.check`): kernels then take tensors of any device."""
 WITH_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (float32, float16, bf16)
 """What kernels read and write; they compute in float32."""
@@ -34,7 +36,7 @@ def unavailable_reason(kernels: str, device_type: str, columns: int = 1) -> str 
         return None
     if not WITH_TRITON:
         return "the package triton is not installed"
-    if device_type != "cuda" and not INTERPRETED:
+    if device_type != "cuda" and not INTERPRETED and not compile_only:
         return f"Triton-language kernels run on CUDA, not on {device_type}, unless TRITON_INTERPRET=1 interprets them"
     if columns > MAX_COLUMNS:
         return f"kernels hold rows of up to {MAX_COLUMNS} columns in registers, not {columns}"

@@ -1,9 +1,6 @@
-# torch.library has few types:
+# torch.autograd has few types:
 # mypy: disable-error-code="no-untyped-call, untyped-decorator"
-"""RMS norm as a registered operation: what models call; kernels and launches are in `kernels.rms_norm_triton`.
-
-That module is imported at the first launch, so that a machine without Triton can import and run this one.
-"""
+"""RMS norm as a registered operation: what models call; kernels and launches are in `kernels.rms_norm_triton`."""
 
 from typing import Any
 
@@ -12,37 +9,20 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.dispatch import runs_kernel
-
-_library = torch.library.Library("millrace", "FRAGMENT")
-_library.define("rms_norm_fwd(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
-_library.define("rms_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)")
+from kernels.registration import register
 
 
-def _fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from kernels.rms_norm_triton import rms_norm_fwd
-
-    return rms_norm_fwd(x, weight, eps)
-
-
-def _bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    from kernels.rms_norm_triton import rms_norm_bwd
-
-    return rms_norm_bwd(dy, x, weight, rstd)
-
-
-for _device in ("CUDA", "CPU"):  # CPU: the interpreter
-    _library.impl("rms_norm_fwd", _fwd, _device)
-    _library.impl("rms_norm_bwd", _bwd, _device)
-
-
-@torch.library.register_fake("millrace::rms_norm_fwd", lib=_library)
-def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _fwd_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("millrace::rms_norm_bwd", lib=_library)
-def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _bwd_fake(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight)
+
+
+_MODULE = "kernels.rms_norm_triton"
+_fwd = register("rms_norm_fwd(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _MODULE, _fwd_fake)
+_bwd = register("rms_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)", _MODULE, _bwd_fake)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -50,14 +30,14 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd = torch.ops.millrace.rms_norm_fwd(x, weight, eps)
+        y, rstd = _fwd(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        dx, dweight = torch.ops.millrace.rms_norm_bwd(dy, *ctx.saved_tensors)
+        dx, dweight = _bwd(dy, *ctx.saved_tensors)
         return dx, dweight, None
 
 

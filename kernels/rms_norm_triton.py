@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch_constants import processors
+
 
 @triton.jit
 def _forward(x_ptr, weight_ptr, y_ptr, rstd_ptr, row_stride, num_columns, eps, BLOCK: tl.constexpr):
@@ -81,7 +83,7 @@ def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[T
     num_rows, num_columns = x.shape
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
-    rows_per_program = triton.cdiv(num_rows, 2 * _processors(x.device)) if num_rows else 1
+    rows_per_program = triton.cdiv(num_rows, 2 * processors(x.device)) if num_rows else 1
     num_programs = triton.cdiv(num_rows, rows_per_program)
     dx = torch.empty((num_rows, num_columns), dtype=x.dtype, device=x.device)
     dweight = torch.empty((num_programs, num_columns), dtype=torch.float32, device=x.device)
@@ -96,8 +98,3 @@ def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[T
 
 def _warps(block: int) -> int:
     return 4 if block <= 2048 else 8
-
-
-def _processors(device: torch.device) -> int:
-    # the interpreter runs programs one after the other: a few are enough there
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

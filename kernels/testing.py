@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from kernels.dispatch import INTERPRETED
+
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
@@ -18,6 +20,19 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+
+
+@contextmanager
+def strict_memory() -> Iterator[None]:
+    """`poisoned_memory`, and where kernels are interpreted `guarded_memory`."""
+    if not INTERPRETED:
+        with poisoned_memory():
+            yield
+        return
+    from kernels.memory_guard import guarded_memory
+
+    with poisoned_memory(), guarded_memory():
+        yield
 
 
 def assert_close_to_truth(actual: Tensor, plain: Tensor, truth: Tensor, magnitude: Tensor | None = None) -> None:

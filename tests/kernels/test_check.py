@@ -1,10 +1,14 @@
 """Kernels compile for GPUs that are not here, and a bad one is reported."""
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 
-from kernels import check
+from kernels import check, dispatch
 from kernels.dispatch import MAX_COLUMNS
 from kernels.rms_norm_triton import rms_norm_bwd, rms_norm_fwd
+from kernels.workloads import rms_norm
 
 
 def backward(rows: int, columns: int) -> None:
@@ -13,13 +17,12 @@ def backward(rows: int, columns: int) -> None:
 
 
 def test_sound_kernels_compile_once_for_each_architecture() -> None:
-    def launches() -> None:
-        for rows in (32, 64):  # the same variant twice
-            rms_norm_fwd(torch.empty(rows, 256), torch.empty(256), 1e-5)
-            backward(rows, 256)
+    def launch(rows: int) -> None:
+        rms_norm_fwd(torch.empty(rows, 256), torch.empty(256), 1e-5)
+        backward(rows, 256)
 
     for architecture in (80, 90):
-        made = check.compile_launches(launches, architecture)
+        made = check.compile_launches([partial(launch, 32), partial(launch, 64)], architecture)  # the same twice
         assert [kernel.kernel for kernel in made] == ["rms_norm_triton._forward", "rms_norm_triton._backward"]
         for kernel in made:
             assert kernel.architecture == architecture
@@ -29,13 +32,13 @@ def test_sound_kernels_compile_once_for_each_architecture() -> None:
 
 
 def test_spilled_registers_are_a_fault() -> None:
-    (made,) = check.compile_launches(lambda: backward(64, 4 * MAX_COLUMNS), 90)
+    (made,) = check.compile_launches([lambda: backward(64, 4 * MAX_COLUMNS)], 90)
     assert made.spill_instructions > 0
     assert made.fault == f"spills registers ({made.spill_instructions} instructions)"
 
 
 def test_command_line_reports_every_launch(capsys) -> None:
-    assert check.main(["--architecture", "90"]) == 0
+    assert check.main(["--op", "rms_norm", "--architecture", "90"]) == 0
     report = capsys.readouterr().out.splitlines()
     assert report[-1] == "all sound"
     assert len(report) == 2 + 2 * 3 * 4 + 1  # two passes, three dtypes, four widths
@@ -43,8 +46,10 @@ def test_command_line_reports_every_launch(capsys) -> None:
 
 
 def test_command_line_fails_on_a_fault(capsys, monkeypatch) -> None:
-    monkeypatch.setitem(check.LAUNCHES, "too_wide", lambda: backward(64, 4 * MAX_COLUMNS))
-    assert check.main(["--op", "too_wide", "--architecture", "90"]) == 1
+    wide = [replace(workload, small={"rows": 64, "columns": 4 * MAX_COLUMNS}) for workload in rms_norm.WORKLOADS[-1:]]
+    monkeypatch.setattr(check, "all_workloads", lambda: wide)
+    monkeypatch.setattr(dispatch, "MAX_COLUMNS", 4 * MAX_COLUMNS)
+    assert check.main(["--architecture", "90"]) == 1
     report = capsys.readouterr().out
     assert "<-- spills registers" in report
     assert report.endswith("1 at fault\n")
