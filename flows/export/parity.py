@@ -72,8 +72,8 @@ def compare(scores: nn.Module, program: Program, vocab_size: int) -> Parity:
             raise ProgramError(
                 f"the exported program differs from the model by {difference:.3g}; {allowed:.3g} is allowed, "
                 f"{NOISE_FACTOR:g} x the model's own float32 noise. For an INT8 model on a CPU without VNNI, whose "
-                "integer products saturate, set quantize.enabled=false; otherwise check the versions of torch and "
-                "onnxruntime."
+                "integer products saturate, leave out the quantize steps (steps=distill); otherwise check the "
+                "versions of torch and onnxruntime."
             )
     return Parity(most, tolerance)
 
