@@ -35,6 +35,7 @@ def run_cli(verb: Callable[[Config], None], doc: str) -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(render_help(doc, CONF_DIR))
         return
+    sys.argv[1:] = sorted(sys.argv[1:], key=_is_override)  # argparse wants them together; words may come in any order
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the exception instead of printing half of it
     _register_schema()
 
@@ -45,6 +46,10 @@ def run_cli(verb: Callable[[Config], None], doc: str) -> None:
 
     with _spoken_errors():
         job()
+
+
+def _is_override(word: str) -> bool:
+    return not word.startswith("-") and ("=" in word or word.startswith("~"))
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def test_bf16_without_zero_is_refused() -> None:
     [
         (["train.max_step=3"], "error: train.max_step is not a setting"),
         (["train.max_steps=-1"], "error: train.max_steps=-1 must be greater than 0"),
-        (["--multirun", "train.max_steps=-1,-2"], "error: train.max_steps=-1 must be greater than 0"),
+        (["seed=1", "--multirun", "train.max_steps=-1,-2"], "error: train.max_steps=-1 must be greater than 0"),
         (["data=files", "data.corpus.paths=[no/such/*.txt]"], "no/such/*.txt"),
         (["model.initial_weights=no/such", "data.tokenizer.directory=no/such"], "no/such"),
         (["engine.device=cuda"], "error: engine.device=cuda needs one GPU for each of launcher.num_ranks=1"),
