@@ -29,7 +29,7 @@ from flows.compression.candidate import load_candidate
 from flows.export.graph import export_graph
 from flows.export.parity import compare
 from flows.export.program import NextTokenScores
-from flows.export.text_programs import PagedProgram
+from flows.export.shipped.text_programs import PagedProgram
 from flows.model.attention import Attention, attend, rotary
 from flows.model.decoder import Decoder
 

@@ -27,17 +27,15 @@ from flows.export.runtime import PROGRAM
 REPOSITORY = "repo"
 STAGED_VERSION = "1"
 FILES = "files.json"
-MODEL_SOURCES = Path(__file__).parent / "models"
-RUNTIME_SOURCES = Path(__file__).parents[1] / "export"
-SESSION = "onnx_session.py"
-TEXT_SOURCES = ("continuous_batching.py", "sampling.py", "digests.py")
-TEXT_RUNTIME = (SESSION, "pages.py", "text_programs.py")
+SHIPPED = Path(__file__).parents[1] / "export" / "shipped"
+SCORES_SOURCES = ("digests.py", "onnx_session.py")
+TEXT_SOURCES = (*SCORES_SOURCES, "continuous_batching.py", "pages.py", "sampling.py", "text_programs.py")
 LIBRARY = "tokenizers.abi3.so"
 
 
 def fingerprint(config: EntryConfig) -> str:
     """Digest of what is copied into every version from outside the store: model sources and the tokenizer library."""
-    sources = {path.name: digest_file(path) for path in _sources()}
+    sources = {path.name: digest_file(path) for path in SHIPPED.glob("*.py")}
     return digest_json({**sources, LIBRARY: digest_file(tokenizer_library())})
 
 
@@ -63,8 +61,7 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
     version = scores / STAGED_VERSION
     version.mkdir(parents=True)
     shutil.copy(program / "model.onnx", version)
-    shutil.copyfile(MODEL_SOURCES / "scores.py", version / "model.py")
-    _copy_sources(version, ("digests.py",), (SESSION,))
+    _copy_sources(version, "scores.py", SCORES_SOURCES)
     settings = {"sequence_length": config.sequence_length, "threads": config.export.threads}
     _seal(version, settings)
     (scores / "configs").mkdir()
@@ -79,8 +76,7 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
     version.mkdir(parents=True)
     shutil.copy(program / "tokenizer.json", version)
     shutil.copy(tokenizer_library(), version / LIBRARY)
-    shutil.copyfile(MODEL_SOURCES / "text.py", version / "model.py")
-    _copy_sources(version, TEXT_SOURCES, TEXT_RUNTIME)
+    _copy_sources(version, "text.py", TEXT_SOURCES)
     if "generation" in parents:
         shutil.copy(parents["generation"].path / GENERATION, version)
         _check_cache(version / GENERATION, config)
@@ -131,13 +127,10 @@ def tokenizer_library() -> Path:
     return Path(str(importlib.metadata.distribution("tokenizers").locate_file(f"tokenizers/{LIBRARY}")))
 
 
-def _sources() -> list[Path]:
-    return [*MODEL_SOURCES.glob("*.py"), *(RUNTIME_SOURCES / name for name in TEXT_RUNTIME)]
-
-
-def _copy_sources(version: Path, models: Sequence[str], runtime: Sequence[str]) -> None:
-    for path in (*(MODEL_SOURCES / name for name in models), *(RUNTIME_SOURCES / name for name in runtime)):
-        shutil.copyfile(path, version / path.name)
+def _copy_sources(version: Path, model: str, others: Sequence[str]) -> None:
+    shutil.copyfile(SHIPPED / model, version / "model.py")
+    for name in others:
+        shutil.copyfile(SHIPPED / name, version / name)
 
 
 def _check_cache(generation: Path, config: EntryConfig) -> None:

@@ -10,14 +10,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .sampling import Sampling, choose_token, cut_at_stop, log_probability, settled
-
-if TYPE_CHECKING:
-    from flows.export.text_programs import Program
+from .text_programs import Program
 
 
 @dataclass(eq=False)

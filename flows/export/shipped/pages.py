@@ -2,7 +2,6 @@
 
 A full page of a prompt is known by all tokens up to its end, so that a text that begins like another one reads that
 one's pages instead of computing them again. Pages that no running text uses keep what they hold until they are needed.
-A copy of this file is in every served version: it imports nothing of ours.
 """
 
 from __future__ import annotations

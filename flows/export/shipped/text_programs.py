@@ -1,8 +1,6 @@
 # mypy: disable-error-code="import-not-found, import-untyped"
 """Runs the next tokens of several texts at once: with keys and values kept in pages, or every text from its beginning.
 
-A copy of this file is in every served version: it imports nothing of ours but its neighbours there.
-
 Shape letters: B rows, S new tokens of a row, V vocabulary.
 """
 
