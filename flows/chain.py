@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from flows.artifact import Artifact, Stage
 from flows.config import Config
 from flows.config.data import corpus_role
+from flows.config.model import Architecture
 from flows.config.steps import BASE, StepKind
 
 RunStage = Callable[[Stage], Artifact]
@@ -76,7 +77,11 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
     chosen = gates.metrics["chosen"]
     if chosen is None:
         return ChainResult(gates, run(Stage("report", "flows.report.stage", config, everything)))
-    entry = run(Stage("entry", "flows.serving.entry", config.entry(), {"program": programs[chosen]}))
+    made_from = {"program": programs[chosen]}
+    if config.model.architecture == Architecture.decoder:
+        generation = run(Stage("generation", "flows.export.generation", None, {"model": models[chosen]}))
+        made_from["generation"] = generation
+    entry = run(Stage("entry", "flows.serving.entry", config.entry(), made_from))
     proof = {**data, "entry": entry, "model": models[chosen], "program": programs[chosen]}
     passport = run(Stage("passport", "flows.serving.verify", config.passport(), proof))
     release = {"entry": entry, "passport": passport, "gates": gates}
