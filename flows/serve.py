@@ -2,6 +2,7 @@
 
     python -m flows.serve                          on publish.model_repo, over HTTP, gRPC and Prometheus metrics
     python -m flows.serve serve.http_port=9000     on another port; 0 = any free one
+    python -m flows.serve serve.openai_port=8080   with an interface like OpenAI's beside
 
 Versions that are published while it runs are loaded without a failed request. Ctrl-C lets requests in flight end.
 """
@@ -57,6 +58,13 @@ def serve(config: Config) -> None:
                 )
             )
         logger.info("%s", ready_message(server))
+        if options.openai_port is not None:
+            from flows.serving.openai_server import OpenAIServer  # imports a web framework
+
+            interface = running.enter_context(
+                OpenAIServer(server.grpc_address, repository, options.host, options.openai_port, options.api_keys_path)
+            )
+            logger.info("OpenAI-compatible: base_url=http://%s/v1", interface.address)
         watcher = RepositoryWatcher(server, repository, state)
         while not stop.wait(options.poll_interval_s):
             server.check_running()

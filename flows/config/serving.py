@@ -9,6 +9,7 @@ from pathlib import Path
 from flows.config.checks import require, require_positive
 
 AUTO_CANDIDATE = "auto"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,10 @@ class ServeConfig:
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
+    openai_port: int | None = None
+    """Of an HTTP interface like OpenAI's (/v1/completions, /v1/chat/completions, /v1/models); null = none, 0 = any."""
+    api_keys_path: Path | None = None
+    """File of keys, one a line, one of which requests to that interface must carry; nobody else may read it."""
     startup_timeout_s: int = 120
     exit_timeout_s: int = 10
     """Seconds given to requests in flight when the server is asked to stop."""
@@ -135,8 +140,9 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         require_positive("serve", self, ["startup_timeout_s", "exit_timeout_s", "poll_interval_s"])
-        ports = [self.http_port, self.grpc_port, self.metrics_port]
-        for name, port in zip(("http_port", "grpc_port", "metrics_port"), ports, strict=True):
+        names = ("http_port", "grpc_port", "metrics_port", "openai_port")
+        ports = [getattr(self, name) or 0 for name in names]
+        for name, port in zip(names, ports, strict=True):
             require(
                 0 <= port <= 65535,
                 f"serve.{name}",
@@ -144,6 +150,13 @@ class ServeConfig:
                 "must lie between 0 and 65535",
                 "Set it to 0 for any free port.",
             )
+        require(
+            self.openai_port is None or self.api_keys_path is not None or self.host in LOOPBACK,
+            "serve.host",
+            self.host,
+            "is reachable from other machines, and serve.api_keys_path is null: anybody could use the models",
+            "Set serve.api_keys_path=keys.txt, or serve.host=127.0.0.1.",
+        )
         taken = [port for port in ports if port]
         require(
             len(set(taken)) == len(taken),

@@ -20,7 +20,8 @@ from flows.data.splits import read_documents_of
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", CHAT_TEMPLATE_FILE)
 MAX_PIECE_CHARACTERS = 65_536
 
 
@@ -79,6 +80,15 @@ def end_of_text(directory: Path) -> str:
     """The token of a tokenizer artifact, or of a model, that closes a document."""
     described = directory / "tokenizer_config.json"
     return str(json.loads(described.read_text())["eos_token"]) if described.exists() else END_OF_TEXT
+
+
+def chat_template(directory: Path) -> str:
+    """How a tokenizer artifact, or a model, turns messages into text (Jinja); ours where it does not say."""
+    if (directory / CHAT_TEMPLATE_FILE).exists():
+        return (directory / CHAT_TEMPLATE_FILE).read_text()
+    described = directory / "tokenizer_config.json"
+    stated = json.loads(described.read_text()).get("chat_template") if described.exists() else None
+    return stated if isinstance(stated, str) else CHAT_TEMPLATE
 
 
 def end_of_text_id(directory: Path) -> int:

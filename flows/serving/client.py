@@ -169,20 +169,21 @@ class Client:
         if stop:
             inputs["stop"] = np.array([one.encode() for one in stop], dtype=np.object_)
         answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+        ended = False
         self._client.start_stream(lambda result, error: answers.put((result, error)))
         try:
             self._client.async_stream_infer(model, self._tensors(inputs), model_version=version)
-            while True:
+            while not ended:
                 result, error = answers.get(timeout=TIMEOUT_S)
                 if error is not None:
+                    ended = True
                     raise error
                 strings = [result.as_numpy(name)[0].decode() for name in COMPLETION[:2]]
                 completion = Completion(*strings, *(int(result.as_numpy(name)[0]) for name in COMPLETION[2:]))
+                ended = bool(completion.finish_reason)
                 yield completion
-                if completion.finish_reason:
-                    return
         finally:
-            self._client.stop_stream(cancel_requests=True)
+            self._client.stop_stream(cancel_requests=not ended)
 
     def executed_batches(self, model: str) -> Counter[int]:
         """How many batches of each size the server has run so far."""

@@ -41,7 +41,8 @@ class Tensor:
 
 
 TEXT_INPUTS = (
-    Tensor("text_input", "TYPE_STRING", (1,)),
+    Tensor("text_input", "TYPE_STRING", (1,), optional=True),
+    Tensor("input_ids", "TYPE_INT64", (-1,), optional=True),
     Tensor("max_tokens", "TYPE_INT32", (1,), optional=True),
     Tensor("temperature", "TYPE_FP32", (1,), optional=True),
     Tensor("top_k", "TYPE_INT32", (1,), optional=True),

@@ -20,7 +20,7 @@ import onnx
 from flows.artifact import Artifact, digest_file, digest_json, write_json_atomically
 from flows.config.checks import require
 from flows.config.serving import EntryConfig
-from flows.data.tokenizer import end_of_text
+from flows.data.tokenizer import CHAT_TEMPLATE_FILE, chat_template, end_of_text
 from flows.export.generation import GENERATION, PAGE_TOKENS
 from flows.export.runtime import PROGRAM
 
@@ -76,6 +76,7 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
     version.mkdir(parents=True)
     shutil.copy(program / "tokenizer.json", version)
     shutil.copy(tokenizer_library(), version / LIBRARY)
+    (version / CHAT_TEMPLATE_FILE).write_text(chat_template(program))
     _copy_sources(version, "text.py", TEXT_SOURCES)
     if "generation" in parents:
         shutil.copy(parents["generation"].path / GENERATION, version)

@@ -61,6 +61,7 @@ class TritonPythonModel:
             program: Any = PagedProgram(here / GENERATION, settings["threads"], settings["cache_bytes"])
         else:
             program = WholeProgram(here / WHOLE, settings["threads"])
+        self.vocab_size: int = program.vocab_size
         self.generator = Generator(
             program, self.decode, self.end_of_text, settings["max_running"], settings["prefill_tokens"]
         )
@@ -86,7 +87,9 @@ class TritonPythonModel:
                     continue
                 with self.wake:
                     if (waiting := len(self.arrived) + self.generator.waiting) >= self.max_waiting:
-                        raise RefusedError(f"{waiting} texts wait already, as many as may. Try again later.")
+                        message = f"{waiting} texts wait already, as many as may. Try again later."
+                        fail(sender, message, pb_utils.TritonError.UNAVAILABLE)
+                        continue
                     self.arrived.append((text, answer))
                     self.wake.notify()
             except RefusedError as error:
@@ -157,11 +160,23 @@ class TritonPythonModel:
         """Text of new tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
+    def read_prompt(self, request: Any) -> list[int]:
+        """The prompt's tokens: of a text, or as they are given; or `RefusedError`."""
+        text = read_strings(request, "text_input")
+        given = pb_utils.get_input_tensor_by_name(request, "input_ids")
+        if bool(text) == (given is not None):
+            raise RefusedError("a request has either text_input or input_ids" if text else "text_input is missing")
+        if given is None:
+            ids: list[int] = self.tokenizer.encode(text[0], add_special_tokens=False).ids
+            return ids
+        ids = given.as_numpy().tolist()
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise RefusedError(f"input_ids must lie between 0 and {self.vocab_size - 1}")
+        return ids
+
     def read(self, request: Any) -> tuple[Text, bool]:
         """The text of a request, and whether it wants it in pieces; or `RefusedError`."""
-        prompt = read_strings(request, "text_input")
-        if not prompt:  # the server counts inputs before it calls, and does not look at their names
-            raise RefusedError("text_input is missing")
+        ids = self.read_prompt(request)
         number = {
             name: read_number(request, name, default)
             for name, default in {
@@ -191,7 +206,6 @@ class TritonPythonModel:
             raise RefusedError(f"seed is {seed}: it must be 0 or more")
         if timeout_ms is not None and timeout_ms <= 0:
             raise RefusedError(f"timeout_ms is {timeout_ms}: it must be above 0")
-        ids = self.tokenizer.encode(prompt[0], add_special_tokens=False).ids
         room = max(1, self.sequence_length + 1 - max_tokens)  # the last new token is not read again
         kept = ids[-room:] or [self.end_of_text]
         text = Text(

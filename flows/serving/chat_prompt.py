@@ -1,0 +1,56 @@
+"""Messages of a chat to the tokens of a prompt, through the template and tokenizer that a served version carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from flows.data.conversations import MESSAGE_END
+from flows.data.tokenizer import CHAT_TEMPLATE_FILE
+
+
+class ControlTokenError(ValueError):
+    """A message spells a control token: it could speak for somebody else."""
+
+
+class ChatPrompt:
+    """How one served version reads a chat.
+
+    Args:
+        version_dir: `<repository>/<name>_text/<version>`.
+    """
+
+    def __init__(self, version_dir: Path) -> None:
+        self._tokenizer = Tokenizer.from_file(str(version_dir / "tokenizer.json"))
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as transformers has it
+        source = (version_dir / CHAT_TEMPLATE_FILE).read_text()
+        self._template = environment.from_string(source)
+        settings = json.loads((version_dir / "settings.json").read_text())
+        self.max_new_tokens: int = settings["max_new_tokens"]
+        self._end: str = settings["end_of_text"]
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self._control = [token.content for token in added if token.special]
+        self.stops = [MESSAGE_END] if MESSAGE_END in source else []
+        """What ends the assistant's turn, besides the end of text."""
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens of the chat so far and of the beginning of the assistant's turn.
+
+        Raises:
+            ControlTokenError: A message spells a control token.
+        """
+        for number, message in enumerate(messages):
+            for token in self._control:
+                if token in message["content"]:
+                    raise ControlTokenError(f"messages[{number}].content spells the control token {token}")
+        text = self._template.render(messages=messages, add_generation_prompt=True, eos_token=self._end, bos_token="")
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def spelling(self, token: int) -> str:
+        """Text of one token."""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))

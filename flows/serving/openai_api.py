@@ -1,0 +1,328 @@
+# mypy: disable-error-code="no-untyped-call, import-untyped"
+"""An HTTP interface like OpenAI's in front of the inference server: completions, chat completions, models.
+
+Requests become requests to the text model over gRPC; a client that hangs up cancels its text.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import stat
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc.aio as grpc  # has no types
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from tritonclient.utils import InferenceServerException
+
+from flows.config.checks import require
+from flows.serving.chat_prompt import ChatPrompt, ControlTokenError
+from flows.serving.client import TYPES
+from flows.serving.openai_requests import ChatRequest, CompletionRequest, Request
+from flows.serving.publish import complete_versions
+
+SUFFIX = "_text"
+STATUS_BY_MESSAGE = {"wait already": 429, "timeout_ms has passed": 504, "is not found": 404, "not ready": 404}
+
+
+@dataclass
+class Piece:
+    """What one response of the text model adds to one choice."""
+
+    choice: int
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    log_probabilities: list[float] = field(default_factory=list)
+
+
+def read_keys(path: Path) -> list[str]:
+    """The keys of a file, one a line.
+
+    Raises:
+        ConfigError: Others may read the file, or it holds no key.
+    """
+    require(path.is_file(), "serve.api_keys_path", path, "does not exist", "Write one key a line into it.")
+    mode = stat.S_IMODE(path.stat().st_mode)
+    require(mode & 0o077 == 0, "serve.api_keys_path", path, f"has mode {mode:o}: others may read it", "chmod 600 it.")
+    keys = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    require(bool(keys), "serve.api_keys_path", path, "holds no key", "Write one key a line into it.")
+    return keys
+
+
+def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> FastAPI:
+    """The interface.
+
+    Args:
+        grpc_address: `host:port` of the inference server.
+        repository: Its model repository; models that are published later are found.
+        keys: One of which requests must carry as `Authorization: Bearer`; empty = none is asked for.
+    """
+
+    def check_key(request: HttpRequest) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if keys and not any([hmac.compare_digest(given.encode(), key.encode()) for key in keys]):
+            raise HTTPException(401, "The key in the Authorization header is not one of those that may use this.")
+
+    app = FastAPI(title="Millrace", dependencies=[Depends(check_key)], docs_url=None, redoc_url=None, openapi_url=None)
+    chats: dict[Path, ChatPrompt] = {}
+
+    def chat_of(model: str) -> ChatPrompt:
+        versions = complete_versions(repository, model) if model in _models(repository) else []
+        if not versions:
+            raise HTTPException(404, f"The model {model!r} does not exist. There are {_models(repository)}.")
+        place = repository / f"{model}{SUFFIX}" / str(versions[-1])
+        if place not in chats:
+            chats.clear()
+            chats[place] = ChatPrompt(place)
+        return chats[place]
+
+    @app.exception_handler(HTTPException)
+    async def refuse(_: HttpRequest, error: HTTPException) -> JSONResponse:
+        return JSONResponse(_error(str(error.detail), error.status_code), error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][1:])
+        return JSONResponse(_error(f"{place}: {first['msg']}", 400, place), 400)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_described(repository, name) for name in _models(repository)]}
+
+    @app.get("/v1/models/{model}")
+    async def model(model: str) -> dict[str, Any]:
+        chat_of(model)
+        return _described(repository, model)
+
+    @app.post("/v1/completions")
+    async def completions(request: CompletionRequest) -> Any:
+        chat = chat_of(request.model)
+        form = _Form("cmpl", "text_completion", "text_completion", _text_choice)
+        inputs = [
+            {
+                **_options(request, request.stop, request.max_tokens, number),
+                **({"text_input": prompt} if isinstance(prompt, str) else {"input_ids": prompt}),
+            }
+            for prompt in request.prompts
+            for number in range(request.n)
+        ]
+        return await _answer(grpc_address, request, inputs, form, chat)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: ChatRequest) -> Any:
+        chat = chat_of(request.model)
+        try:
+            ids = chat.encode([{"role": message.role, "content": message.text} for message in request.messages])
+        except ControlTokenError as error:
+            raise HTTPException(400, f"{error}. Leave it out.") from error
+        most = request.max_completion_tokens or request.max_tokens or chat.max_new_tokens
+        form = _Form("chatcmpl", "chat.completion", "chat.completion.chunk", _chat_choice)
+        stops = [*request.stop, *chat.stops]
+        inputs = [{**_options(request, stops, most, number), "input_ids": ids} for number in range(request.n)]
+        return await _answer(grpc_address, request, inputs, form, chat)
+
+    return app
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How the answers of one endpoint look."""
+
+    prefix: str
+    whole: str
+    chunk: str
+    choice: Callable[[Piece, ChatPrompt, Request, bool], dict[str, Any]]
+
+
+def _options(request: Request, stops: Sequence[str], max_tokens: int, number: int) -> dict[str, Any]:
+    seed = {} if request.seed is None else {"seed": request.seed + number}
+    return {
+        "max_tokens": max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "repetition_penalty": request.repetition_penalty,
+        "log_probabilities": request.wants_log_probabilities,
+        "stream": request.stream,
+        "stop": list(stops),
+        **seed,
+    }
+
+
+async def _answer(
+    address: str, request: Request, inputs: Sequence[dict[str, Any]], form: _Form, chat: ChatPrompt
+) -> Any:
+    head = {
+        "id": f"{form.prefix}-{uuid.uuid4().hex}",
+        "object": form.chunk if request.stream else form.whole,
+        "created": int(time.time()),
+        "model": request.model,
+    }
+    pieces = _generate(address, f"{request.model}{SUFFIX}", inputs)
+    if request.stream:
+        first = await _first(pieces)  # an error before the first piece is an HTTP status, not a broken stream
+        return StreamingResponse(_events(first, pieces, head, form, chat, request), media_type="text/event-stream")
+    try:
+        answers = sorted([piece async for piece in pieces], key=lambda piece: piece.choice)
+    except InferenceServerException as error:
+        raise _http_error(error) from error
+    choices = [form.choice(piece, chat, request, False) for piece in answers]
+    return {**head, "choices": choices, "usage": _usage(answers, request.n)}
+
+
+async def _first(pieces: AsyncIterator[Piece]) -> Piece:
+    try:
+        return await anext(pieces)
+    except InferenceServerException as error:
+        raise _http_error(error) from error
+
+
+async def _events(
+    first: Piece, pieces: AsyncIterator[Piece], head: dict[str, Any], form: _Form, chat: ChatPrompt, request: Request
+) -> AsyncIterator[str]:
+    def event(body: dict[str, Any]) -> str:
+        return f"data: {json.dumps(body)}\n\n"
+
+    last: dict[int, Piece] = {first.choice: first}
+    yield event({**head, "choices": [form.choice(first, chat, request, True)]})
+    try:
+        async for piece in pieces:
+            last[piece.choice] = piece
+            yield event({**head, "choices": [form.choice(piece, chat, request, True)]})
+    except InferenceServerException as error:
+        yield event(_error(str(error.message()), _http_error(error).status_code))
+        return
+    if request.stream_options.include_usage:
+        yield event({**head, "choices": [], "usage": _usage(list(last.values()), request.n)})
+    yield "data: [DONE]\n\n"
+
+
+async def _generate(address: str, model: str, inputs: Sequence[dict[str, Any]]) -> AsyncIterator[Piece]:
+    """Pieces of all choices as they come; one connection, closed when nobody listens any more."""
+    async with grpc.InferenceServerClient(address) as client:
+
+        async def requests() -> AsyncIterator[dict[str, Any]]:
+            for number, one in enumerate(inputs):
+                yield {"model_name": model, "inputs": _tensors(one), "request_id": str(number)}
+
+        refusal = None
+        responses = client.stream_infer(requests())
+        try:  # to the end: a stream that is cut off for nothing delays the server's exit
+            async for result, error in responses:
+                refusal = refusal or error
+                if error is None:
+                    yield _piece(result)
+        except BaseException:
+            responses.cancel()
+            raise
+        if refusal is not None:
+            raise refusal
+
+
+def _tensors(inputs: dict[str, Any]) -> list[Any]:
+    kinds = {**TYPES, "input_ids": np.int64, "stream": np.bool_, "log_probabilities": np.bool_}
+    tensors = []
+    for name, value in inputs.items():
+        if name in ("text_input", "stop"):
+            texts = [value] if isinstance(value, str) else value
+            values = np.array([text.encode() for text in texts], dtype=np.object_)
+        else:
+            values = np.atleast_1d(np.array(value, dtype=kinds[name]))
+        if values.size:
+            datatype = {"O": "BYTES", "b": "BOOL"}.get(values.dtype.kind) or f"{_letters(values)}{values.itemsize * 8}"
+            tensors.append(grpc.InferInput(name, list(values.shape), datatype).set_data_from_numpy(values))
+    return tensors
+
+
+def _letters(values: np.ndarray[Any, Any]) -> str:
+    return "INT" if values.dtype.kind == "i" else "FP"
+
+
+def _piece(result: Any) -> Piece:
+    def strings(name: str) -> str:
+        return str(result.as_numpy(name)[0].decode())
+
+    log_probabilities = result.as_numpy("log_probabilities")
+    given = log_probabilities is not None
+    return Piece(
+        choice=int(result.get_response().id),
+        text=strings("text_output"),
+        finish_reason=strings("finish_reason"),
+        prompt_tokens=int(result.as_numpy("prompt_tokens")[0]),
+        completion_tokens=int(result.as_numpy("completion_tokens")[0]),
+        tokens=result.as_numpy("token_ids").tolist() if given else [],
+        log_probabilities=log_probabilities.tolist() if given else [],
+    )
+
+
+def _text_choice(piece: Piece, chat: ChatPrompt, request: Request, is_chunk: bool) -> dict[str, Any]:
+    log_probabilities = None
+    if request.wants_log_probabilities:
+        log_probabilities = {
+            "tokens": [chat.spelling(token) for token in piece.tokens],
+            "token_logprobs": piece.log_probabilities,
+            "top_logprobs": None,
+            "text_offset": [],
+        }
+    return {
+        "index": piece.choice,
+        "text": piece.text,
+        "logprobs": log_probabilities,
+        "finish_reason": piece.finish_reason or None,
+    }
+
+
+def _chat_choice(piece: Piece, chat: ChatPrompt, request: Request, is_chunk: bool) -> dict[str, Any]:
+    log_probabilities = None
+    if request.wants_log_probabilities:
+        rows = zip([chat.spelling(token) for token in piece.tokens], piece.log_probabilities, strict=True)
+        log_probabilities = {
+            "content": [
+                {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
+                for text, value in rows
+            ]
+        }
+    return {
+        "index": piece.choice,
+        "delta" if is_chunk else "message": {"role": "assistant", "content": piece.text},
+        "logprobs": log_probabilities,
+        "finish_reason": piece.finish_reason or None,
+    }
+
+
+def _usage(pieces: Sequence[Piece], n: int) -> dict[str, int]:
+    prompt = sum(piece.prompt_tokens for piece in pieces) // n
+    completion = sum(piece.completion_tokens for piece in pieces)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _models(repository: Path) -> list[str]:
+    return sorted(path.name.removesuffix(SUFFIX) for path in repository.glob(f"[!.]*{SUFFIX}") if path.is_dir())
+
+
+def _described(repository: Path, name: str) -> dict[str, Any]:
+    created = int((repository / f"{name}{SUFFIX}").stat().st_mtime)
+    return {"id": name, "object": "model", "created": created, "owned_by": "millrace"}
+
+
+def _http_error(error: InferenceServerException) -> HTTPException:
+    message = str(error.message())
+    return HTTPException(next((code for part, code in STATUS_BY_MESSAGE.items() if part in message), 400), message)
+
+
+def _error(message: str, code: int, parameter: str | None = None) -> dict[str, Any]:
+    kind = "invalid_request_error" if code < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}

@@ -1,0 +1,112 @@
+"""What clients of an OpenAI-compatible interface may ask for; what cannot be done is refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _as_list(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+class StreamOptions(BaseModel):
+    """How a stream ends."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+
+
+class Request(BaseModel):
+    """What completions of texts and of chats have in common."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    temperature: float = 1.0
+    top_p: float = 1.0
+    n: int = Field(default=1, ge=1, le=16)
+    stop: Annotated[list[str], BeforeValidator(_as_list)] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    seed: int | None = None
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    logit_bias: None = None
+    user: str | None = None
+    """Ignored, like `metadata` and `store`."""
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    top_k: int = 0
+    """Beyond OpenAI's interface, as is `repetition_penalty`."""
+    repetition_penalty: float = 1.0
+
+    @property
+    def wants_log_probabilities(self) -> bool:
+        """Whether each token comes with its log-probability."""
+        raise NotImplementedError
+
+
+class CompletionRequest(Request):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int = 16
+    logprobs: Literal[0] | None = None
+    """0: of the tokens that were chosen; alternatives are not computed."""
+    echo: Literal[False] = False
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Each text to continue, or its tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt  # type: ignore[return-value]
+
+    @property
+    def wants_log_probabilities(self) -> bool:
+        """Whether each token comes with its log-probability."""
+        return self.logprobs is not None
+
+
+class TextPart(BaseModel):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One turn."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | list[TextPart]
+    name: None = None
+
+    @property
+    def text(self) -> str:
+        """Its content in one piece."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Request):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: Literal[0] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    tools: None = None
+    tool_choice: None = None
+
+    @property
+    def wants_log_probabilities(self) -> bool:
+        """Whether each token comes with its log-probability."""
+        return self.logprobs
