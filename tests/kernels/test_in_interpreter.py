@@ -9,7 +9,7 @@ from pathlib import Path
 def test_kernels_in_the_interpreter() -> None:
     here = Path(__file__).parent
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=short", str(here)],
+        [sys.executable, "-m", "pytest", "-n0", "-q", "--tb=short", str(here)],
         cwd=here.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
