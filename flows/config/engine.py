@@ -66,8 +66,7 @@ class EngineConfig:
     """Raw DeepSpeed configuration keys, passed through; one that contradicts ours is an error."""
 
     def __post_init__(self) -> None:
-        sizes = ["pipeline_stages", "tensor_parallel_size", "sequence_parallel_size", "expert_parallel_size"]
-        require_positive("engine", self, sizes)
+        require_positive("engine", self, PARALLELISM)
         require(
             0 <= self.zero_stage <= 3,
             "engine.zero_stage",
@@ -91,7 +90,7 @@ class EngineConfig:
             "Set engine.zero_stage=1, which costs nothing on one rank.",
         )
         self._check_offload()
-        self._check_pairs(sizes)
+        self._check_pairs()
 
     @property
     def ranks_per_replica(self) -> int:
@@ -129,7 +128,7 @@ class EngineConfig:
             "Set engine.nvme_path=/a/fast/disk." if to_nvme else "Set engine.nvme_path=null.",
         )
 
-    def _check_pairs(self, sizes: list[str]) -> None:
+    def _check_pairs(self) -> None:
         require(
             self.pipeline_stages == 1 or self.zero_stage <= 1,
             "engine.zero_stage",
@@ -138,7 +137,7 @@ class EngineConfig:
             "layers and supports ZeRO 0-1",
             "Set engine.zero_stage=1, or engine.pipeline_stages=1.",
         )
-        used = [name for name in sizes if getattr(self, name) > 1]
+        used = [name for name in PARALLELISM if getattr(self, name) > 1]
         for first, second in combinations(used, 2):
             require(
                 {first, second} in SUPPORTED_PAIRS,
@@ -150,6 +149,8 @@ class EngineConfig:
             )
 
 
+PARALLELISM = ("pipeline_stages", "tensor_parallel_size", "sequence_parallel_size", "expert_parallel_size")
+"""Ways to share a model among ranks, besides data parallelism."""
 SUPPORTED_PAIRS = [
     {"pipeline_stages", "sequence_parallel_size"},
     {"tensor_parallel_size", "sequence_parallel_size"},
