@@ -12,7 +12,10 @@ from flows.config.checks import require, require_positive
 
 
 class Precision(StrEnum):
-    """Number format of weights, activations and gradients; bf16 keeps fp32 master weights."""
+    """Number format of weights, activations and gradients; bf16 and fp8 keep fp32 master weights.
+
+    fp8 is bf16 but for the matrix products of all blocks, whose operands are rounded to fp8 (arXiv:2209.05433).
+    """
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -75,20 +78,21 @@ class EngineConfig:
             "Set engine.zero_stage=1.",
         )
         require(
-            self.precision != Precision.fp8,
-            "engine.precision",
-            self.precision,
-            "is not supported: it needs a GPU of compute capability 8.9 or higher, and DeepSpeed 0.19 trains in it "
-            "only through layers of NVIDIA's Transformer Engine, which this decoder has not been shown right with",
-            "Set engine.precision=bf16.",
-        )
-        require(
-            not (self.precision == Precision.bf16 and self.zero_stage == 0),
+            self.precision == Precision.fp32 or self.zero_stage > 0,
             "engine.precision",
             self.precision,
             "cannot be combined with engine.zero_stage=0: DeepSpeed 0.19 takes a phantom optimizer step there",
             "Set engine.zero_stage=1, which costs nothing on one rank.",
         )
+        for name, without in {"tensor_parallel_size": 1, "compile": False}.items():
+            value = getattr(self, name)
+            require(
+                self.precision != Precision.fp8 or value == without,
+                "engine.precision",
+                self.precision,
+                f"cannot be combined with engine.{name}={value}: the two have not been shown right together",
+                f"Set engine.precision=bf16, or engine.{name}={without}.",
+            )
         self._check_offload()
         self._check_pairs()
 
