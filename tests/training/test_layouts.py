@@ -15,6 +15,7 @@ from flows.artifact import CARRIES_ON, Artifact, ArtifactStore, Stage
 from flows.config import to_json
 from flows.config.engine import EngineConfig, Precision
 from flows.config.optimizer import Optimizer, OptimizerConfig
+from flows.config.tracking import TrackingConfig
 from flows.config.training import TrainingRun
 from flows.data.packed import PackedDataset
 from flows.launcher import launch_ranks
@@ -81,6 +82,8 @@ def test_what_decides_the_loss_curve_names_the_place_where_a_run_is_taken_up(
     assert {store.workplace(stage(config)) for config in same} == {store.workplace(stage(run))}
     assert len({store.workplace(stage(config)) for config in [run, *other]}) == 1 + len(other)
     assert len({store.key(stage(config)) for config in [run, *same, *other]}) == 1 + len(same) + len(other)
+    tracked = replace(run, tracking=TrackingConfig(csv=True, profile_steps=(1, 2)))
+    assert store.key(stage(tracked)) == store.key(stage(run)), "another tracker trains the same model"
 
 
 def assembled(checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
