@@ -56,8 +56,8 @@ def _check_weights(run: TrainingRun) -> None:
 
 
 def _check_device(run: TrainingRun) -> None:
-    fp8 = run.engine.precision == Precision.fp8
-    if run.engine.device != Device.cuda and run.model.kernels != Kernels.triton and not fp8:
+    fp8, nvme_path = run.engine.precision == Precision.fp8, run.engine.nvme_path
+    if run.engine.device != Device.cuda and run.model.kernels != Kernels.triton and not (fp8 or nvme_path):
         return
     import torch
 
@@ -79,6 +79,11 @@ def _check_device(run: TrainingRun) -> None:
 
         if reason := why_no_fp8(device):
             raise ConfigError(f"engine.precision=fp8 cannot run here: {reason}. Set engine.precision=bf16.")
+    if nvme_path is not None and ranks_are_here:
+        from flows.training.nvme import unavailable_reason as why_no_nvme
+
+        if reason := why_no_nvme(nvme_path, device):
+            raise ConfigError(f"engine.nvme_path={nvme_path} cannot be used: {reason}.")
     if reason := unavailable_reason(run.model.kernels, device, run.model.hidden_size):
         field = f"{run.model_section}.kernels"
         raise ConfigError(f"{field}=triton cannot run here: {reason}. Set {field}=auto.")

@@ -35,7 +35,7 @@ from flows.config import RunError
 from flows.config.engine import PARALLELISM
 from flows.config.training import TrainingRun
 from flows.training.fragment_files import Piece, PieceReader, pieces_of, restore, write_pieces
-from flows.training.fragments import held_fragments, inner_optimizer, own_fragments, spread_weights
+from flows.training.fragments import held_fragments, inner_optimizer, is_on_nvme, own_fragments, spread_weights
 from flows.training.weight_parts import whole_name, whole_shape
 
 logger = logging.getLogger(__name__)
@@ -88,13 +88,18 @@ class Checkpoints:
             CheckpointError: This save or the one before failed on some rank; it is gone, earlier ones are as they were.
         """
         self.wait()
-        fragments = own_fragments(self._engine, self._weights.items())
-        needed = sum(tensor.nbytes for fragment in fragments for _, tensor in fragment.tensors())
-        pieces: Iterable[Piece] = pieces_of(fragments, copy=self._run.train.asynchronous_checkpoints)
-        if self._run.train.asynchronous_checkpoints:
+        asynchronous = self._run.train.asynchronous_checkpoints
+        pieces: Iterable[Piece] = pieces_of(
+            own_fragments(self._engine, self._weights.items()), copy=asynchronous or is_on_nvme(self._engine)
+        )
+        if asynchronous:
             pieces = list(pieces)
+            needed = sum(tensor.nbytes for *_, tensor in pieces)
+        else:
+            mine = own_fragments(self._engine, self._weights.items())
+            needed = sum(tensor.nbytes for fragment in mine for _, tensor in fragment.tensors())
         self._unfinished = self._writer.submit(self._write, asdict(state), pieces, needed)
-        if not self._run.train.asynchronous_checkpoints:
+        if not asynchronous:
             self.wait()
 
     def wait(self) -> None:

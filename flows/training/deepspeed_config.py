@@ -46,6 +46,8 @@ def _zero(run: TrainingRun) -> dict[str, Any]:
         if where != Offload.none:
             path = {"nvme_path": str(engine.nvme_path)} if where == Offload.nvme else {}
             section[f"offload_{name}"] = {"device": where.value, **path}
+    if engine.offload_optimizer == Offload.nvme and run.train.ema_decay:
+        section["offload_optimizer"]["buffer_count"] = 5  # weight, gradient, AdamW's two moments, and the average
     return section
 
 
