@@ -144,19 +144,21 @@ def drill(config: Config) -> None:
             raise RunError(f"the run fails without any fault: {said.removeprefix('error: ')}")
         # A flow that starts its ranks itself is their launcher.
         victims = (A_RANK, LAUNCHER, FLOW) if config.launcher.kind == LauncherKind.rendezvous else (A_RANK, FLOW)
-        rows = [
-            _break_off(f"kill -9 of {victim}, {moment}", words, whole, expected, pattern, victim)
+        moments = {"between saves": "step-*10/manifest.json", "while it saves": ".step-*1?.partial"}
+        breaks = [
+            partial(_break_off, f"kill -9 of {victim}, {moment}", words, whole, expected, pattern, victim)
             for victim in victims
-            for moment, pattern in {
-                "between saves": "step-*10/manifest.json",
-                "while it saves": ".step-*1?.partial",
-            }.items()
+            for moment, pattern in moments.items()
         ]
-        rows += [_fill_disk(words, whole, expected), _damage(words, Path(scratch) / "damage")]
-    for row in rows:
-        print(f"{row.fault}\n    seen:    {row.seen}\n    outcome: {row.outcome}")
+        breaks += [partial(_fill_disk, words, whole, expected), partial(_damage, words, Path(scratch) / "damage")]
+        rows = [_told(happens()) for happens in breaks]
     if not all(row.good for row in rows):
         raise RunError(f"{sum(not row.good for row in rows)} of {len(rows)} faults changed the run.")
+
+
+def _told(row: Row) -> Row:
+    print(f"{row.fault}\n    seen:    {row.seen}\n    outcome: {row.outcome}", flush=True)
+    return row
 
 
 def _break_off(fault: str, words: list[str], whole: Path, expected: list[float], moment: str, victim: str) -> Row:

@@ -28,6 +28,7 @@ from flows.training.batches import Batch
 from flows.training.deepspeed_config import deepspeed_config
 from flows.training.expert_parallel import balance_penalty, share_experts, split_expert_groups
 from flows.training.fp8_linear import multiply_in_fp8
+from flows.training.nvme import reserve
 from flows.training.objectives import LossModule
 from flows.training.optimizers import build_optimizer
 from flows.training.pipeline import PipelineDecoder, merge_groups, pipeline_loss, pipeline_step
@@ -81,7 +82,9 @@ def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
         merge_groups(optimizer)
     if run.model.num_experts:
         split_expert_groups(optimizer)
+    reserved = reserve(run.engine.nvme_path, dist.get_rank()) if run.engine.nvme_path else None
     engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=deepspeed_config(run))
+    engine.reserved = reserved  # held as long as the engine is
     if run.engine.compile:
         engine.compile()
     return engine

@@ -1,11 +1,15 @@
-"""Whether this machine can keep weights and optimizer state on NVMe."""
+"""Whether this machine can keep weights and optimizer state on NVMe, and whether another run does so already."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
+
+from flows.config import RunError
 
 PROBE = """
 import sys
@@ -41,3 +45,21 @@ def unavailable_reason(directory: Path, device_type: str) -> str | None:
         "DeepSpeed's asynchronous files need a C++ compiler and libaio with its headers, which are not here. Run "
         "apt-get install g++ ninja-build libaio-dev, or offload to cpu"
     )
+
+
+def reserve(directory: Path, rank: int) -> IO[str]:
+    """Keeps other runs from a rank's files, which DeepSpeed names by the rank alone, until it is closed.
+
+    Raises:
+        RunError: Another run has them.
+    """
+    lock = (directory / f".rank-{rank}.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends, however it ends
+    except BlockingIOError:
+        lock.close()
+        raise RunError(
+            f"engine.nvme_path={directory} is in use by another run, whose files this one would overwrite. "
+            "Name another directory, or wait for that run."
+        ) from None
+    return lock

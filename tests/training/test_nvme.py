@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from flows.artifact import Artifact
+from flows.config import RunError
 from flows.config.engine import EngineConfig, Offload
 from flows.config.model import ModelConfig
 from flows.config.training import TrainingRun
-from flows.training.nvme import unavailable_reason
+from flows.training.nvme import reserve, unavailable_reason
 from tests.training.interruption import interrupted
 from tests.training.test_parity import assert_saved_weights_are_the_measured_ones
 
@@ -27,6 +28,12 @@ WIDE = ModelConfig(
 def test_a_directory_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     reason = unavailable_reason(tmp_path / "none", "cpu")
     assert reason == f"{tmp_path / 'none'} is no directory that can be written to. Make it, or name another one"
+
+
+def test_two_runs_do_not_share_files(tmp_path: Path) -> None:
+    with reserve(tmp_path, rank=0), reserve(tmp_path, rank=1), pytest.raises(RunError, match="in use by another run"):
+        reserve(tmp_path, rank=1)
+    reserve(tmp_path, rank=1).close()
 
 
 @pytest.mark.exhaustive
