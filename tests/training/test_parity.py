@@ -171,6 +171,13 @@ def test_the_loss_curve_and_the_weights_are_those_of_a_bare_loop(
     assert_saved_weights_are_the_measured_ones(artifact, run, data)
 
 
+@pytest.mark.exhaustive
+def test_fp8_is_not_bf16(trained: Trained, losses: Losses, tiny_run: Run) -> None:
+    run = run_of(Case(1, FP8), tiny_run)
+    wider = replace(run, engine=replace(run.engine, precision=Precision.bf16))
+    assert losses(trained(run)) != losses(trained(wider))
+
+
 def assert_saved_weights_are_the_measured_ones(artifact: Artifact, run: TrainingRun, data: dict[str, Artifact]) -> None:
     """The saved model has, in one process, the validation loss that the ranks measured together."""
     model = load_decoder(artifact.path)
