@@ -50,9 +50,9 @@ class EngineConfig:
     offload_optimizer: Offload = Offload.none
     """Where optimizer state is kept and the update computed (ZeRO-Offload, arXiv:2101.06840)."""
     offload_parameters: Offload = Offload.none
-    """Where ZeRO-3's weights wait until a layer needs them (ZeRO-Infinity, arXiv:2104.07857)."""
+    """Where ZeRO-3's weights wait until a layer needs them (ZeRO-Infinity, arXiv:2104.07857); not `nvme`."""
     nvme_path: Path | None = None
-    """Directory on a fast disk of each machine, for what is offloaded to `nvme`."""
+    """Directory on a fast disk of each machine, for optimizer state that is offloaded to `nvme`, masters included."""
     pipeline_stages: int = 1
     """Ranks that each hold a part of the layers; micro batches flow through them (arXiv:1811.06965)."""
     tensor_parallel_size: int = 1
@@ -123,12 +123,19 @@ class EngineConfig:
             f"cannot be combined with engine.zero_stage={self.zero_stage}: only ZeRO-3 fetches weights layer by layer",
             "Set engine.zero_stage=3.",
         )
-        to_nvme = Offload.nvme in (self.offload_optimizer, self.offload_parameters)
+        require(
+            self.offload_parameters != Offload.nvme,
+            "engine.offload_parameters",
+            self.offload_parameters,
+            "is not supported: DeepSpeed 0.19 gives a weight that it reads ahead a second buffer, and ends",
+            "Set engine.offload_parameters=cpu; engine.offload_optimizer=nvme keeps the larger part on the disk.",
+        )
+        to_nvme = self.offload_optimizer == Offload.nvme
         require(
             (self.nvme_path is not None) == to_nvme,
             "engine.nvme_path",
             self.nvme_path,
-            "must be given exactly if something is offloaded to nvme",
+            "must be given exactly if optimizer state is offloaded to nvme",
             "Set engine.nvme_path=/a/fast/disk." if to_nvme else "Set engine.nvme_path=null.",
         )
 

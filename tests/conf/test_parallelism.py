@@ -54,8 +54,11 @@ REFUSED = {
     "engine=zero2 engine.offload_parameters=cpu": (
         r"engine.offload_parameters=cpu cannot be combined with engine.zero_stage=2: only ZeRO-3 fetches weights"
     ),
-    "engine=zero3 engine.offload_parameters=nvme": r"engine.nvme_path=None must be given exactly if .* Set engine.nvme",
-    "engine.nvme_path=/tmp": r"engine.nvme_path=/tmp must be given exactly if something is offloaded to nvme",
+    "engine=zero3 engine.offload_parameters=nvme engine.nvme_path=/tmp": (
+        r"engine.offload_parameters=nvme is not supported: DeepSpeed 0.19 .* Set engine.offload_parameters=cpu"
+    ),
+    "engine=zero3 engine.offload_optimizer=nvme": r"engine.nvme_path=None must be given exactly if .* Set engine.nvme",
+    "engine.nvme_path=/tmp": r"engine.nvme_path=/tmp must be given exactly if optimizer state is offloaded to nvme",
     "engine=zero0 engine.precision=fp8": r"engine.precision=fp8 cannot be combined with engine.zero_stage=0",
     "launcher=two_ranks engine=tensor2 engine.precision=fp8": (
         r"engine.precision=fp8 cannot be combined with engine.tensor_parallel_size=2: .* Set engine.precision=bf16"
