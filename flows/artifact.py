@@ -28,6 +28,8 @@ from typing import Any, Protocol, cast
 from flows.config import RunError, to_plain
 
 MANIFEST = "manifest.json"
+OWN_DIGEST = "manifest_digest"
+"""Field of a manifest that tells whether the others, metrics for instance, are as they were written."""
 RECORDS_DIR = "logs"
 """Files below this directory of an artifact are checked but do not count towards its digest: logs hold times."""
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -283,21 +285,20 @@ class ArtifactStore:
 def _seal(directory: Path, stage: Stage, key: str, metrics: Mapping[str, Any], seconds: float) -> None:
     (directory / MANIFEST).unlink(missing_ok=True)
     files = _digest_files(directory)
-    write_json_atomically(
-        directory / MANIFEST,
-        {
-            "stage": stage.name,
-            "key": key,
-            "digest": _content_digest(files),
-            "files": files,
-            "ingredients": stage.ingredients,
-            "parents": {role: {"key": parent.key, "digest": parent.digest} for role, parent in stage.parents.items()},
-            "metrics": metrics,
-            "seconds": round(seconds, 3),
-            "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "versions": library_versions(),
-        },
-    )
+    manifest = {
+        "stage": stage.name,
+        "key": key,
+        "digest": _content_digest(files),
+        "files": files,
+        "ingredients": stage.ingredients,
+        "parents": {role: {"key": parent.key, "digest": parent.digest} for role, parent in stage.parents.items()},
+        "metrics": metrics,
+        "seconds": round(seconds, 3),
+        "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": library_versions(),
+    }
+    read_back = json.loads(json.dumps(manifest))  # tuples are lists then, keys are strings
+    write_json_atomically(directory / MANIFEST, read_back | {OWN_DIGEST: digest_json(read_back)})
 
 
 def _digest_files(directory: Path) -> dict[str, str]:
@@ -332,6 +333,8 @@ def load_artifact(directory: Path) -> Artifact:
         ArtifactError: A file is missing, extra or changed; the message names it.
     """
     manifest = read_manifest(directory)
+    if manifest.pop(OWN_DIGEST, None) != digest_json(manifest):
+        raise ArtifactError(f"{MANIFEST} has changed since it was written")
     expected = manifest["files"]
     actual = _digest_files(directory)
     actual.pop(MANIFEST)

@@ -2,6 +2,7 @@
 
     python -m flows.drill                              # one rank, ZeRO-1, a small model; two minutes
     python -m flows.drill engine=zero2 launcher=two_ranks
+    python -m flows.drill launcher=rendezvous                # kills torchrun too
 
 Takes the words of `flows.train`, for the ranks and the engine that you mean to use. Works in a temporary directory with
 real processes: a child makes the data and trains the base model, with its ranks; the drill kills, damages and starves
@@ -30,6 +31,7 @@ from flows.artifact import Artifact, ArtifactStore, Stage
 from flows.chain import run_chain
 from flows.compose import compose_config, run_cli
 from flows.config import Config, RunError, to_json
+from flows.config.launcher import LauncherKind
 from flows.launcher import launch_ranks
 
 MODEL = "+experiment=smoke"
@@ -42,6 +44,7 @@ RUN = [
     "train.log_interval_steps=1",
 ]
 TRAIN = "import sys; from flows.drill import train_base; train_base(sys.argv[1:])"
+A_RANK, LAUNCHER, FLOW = "a rank", "the launcher", "the flow"
 DEADLINE_S = 600.0
 RANKS_END_S = 20.0
 POLL_INTERVAL_S = 0.002
@@ -94,13 +97,13 @@ class Child:
                 raise RunError(f"the drill waited {DEADLINE_S:.0f} s in vain.")
             time.sleep(POLL_INTERVAL_S)
 
-    def kill(self, rank: bool) -> bool:
-        """Sends SIGKILL to its last rank, or to itself; False if there is none any more."""
-        self._ranks = _ranks_below(self._process.pid)
-        if not self._ranks:
-            return False
-        os.kill(self._ranks[-1] if rank else self._process.pid, signal.SIGKILL)
-        return True
+    def kill(self, victim: str) -> bool:
+        """Sends SIGKILL to its last rank, what started that, or itself; False if there is none any more."""
+        self._ranks = _processes_below(self._process.pid)
+        victims = {A_RANK: self._ranks[-1:], LAUNCHER: self._ranks[:1], FLOW: self._ranks and [self._process.pid]}
+        for pid in victims[victim]:
+            os.kill(pid, signal.SIGKILL)
+        return bool(self._ranks)
 
     def finish(self) -> tuple[list[float], str]:
         """Its training losses, none if it failed, and what its user saw in the end."""
@@ -139,26 +142,30 @@ def drill(config: Config) -> None:
         expected, said = Child(words, whole).finish()
         if not expected:
             raise RunError(f"the run fails without any fault: {said.removeprefix('error: ')}")
-        rows = [
-            _break_off(f"kill -9 of {victim}, {moment}", words, whole, expected, pattern, victim == "a rank")
-            for victim in ("a rank", "the flow")
-            for moment, pattern in {
-                "between saves": "step-*10/manifest.json",
-                "while it saves": ".step-*1?.partial",
-            }.items()
+        # A flow that starts its ranks itself is their launcher.
+        victims = (A_RANK, LAUNCHER, FLOW) if config.launcher.kind == LauncherKind.rendezvous else (A_RANK, FLOW)
+        moments = {"between saves": "step-*10/manifest.json", "while it saves": ".step-*1?.partial"}
+        breaks = [
+            partial(_break_off, f"kill -9 of {victim}, {moment}", words, whole, expected, pattern, victim)
+            for victim in victims
+            for moment, pattern in moments.items()
         ]
-        rows += [_fill_disk(words, whole, expected), _damage(words, Path(scratch) / "damage")]
-    for row in rows:
-        print(f"{row.fault}\n    seen:    {row.seen}\n    outcome: {row.outcome}")
+        breaks += [partial(_fill_disk, words, whole, expected), partial(_damage, words, Path(scratch) / "damage")]
+        rows = [_told(happens()) for happens in breaks]
     if not all(row.good for row in rows):
         raise RunError(f"{sum(not row.good for row in rows)} of {len(rows)} faults changed the run.")
 
 
-def _break_off(fault: str, words: list[str], whole: Path, expected: list[float], moment: str, rank: bool) -> Row:
+def _told(row: Row) -> Row:
+    print(f"{row.fault}\n    seen:    {row.seen}\n    outcome: {row.outcome}", flush=True)
+    return row
+
+
+def _break_off(fault: str, words: list[str], whole: Path, expected: list[float], moment: str, victim: str) -> Row:
     directory = _without_model(whole, fault)
     child = Child(words, directory)
     child.wait_for(lambda: [*_checkpoints(directory).glob(moment)])
-    if not child.kill(rank):
+    if not child.kill(victim):
         return Row(fault, "nothing: the run ended before the moment came", "not tried", False)
     _, seen = child.finish()
     return Row(fault, seen, *_go_on(words, directory, expected))
@@ -170,7 +177,7 @@ def _fill_disk(words: list[str], whole: Path, expected: list[float]) -> Row:
     directory = _without_model(whole, fault)
     child = Child(words, directory)
     child.wait_for(lambda: [*_checkpoints(directory).glob("step-*10/manifest.json")])
-    child.kill(rank=True)
+    child.kill(A_RANK)
     child.finish()
     before = {path.name for path in _checkpoints(directory).glob("step-*")}
     needed = max(path.stat().st_size for path in _checkpoints(directory).glob("step-*/*.safetensors"))
@@ -216,8 +223,8 @@ def _checkpoints(directory: Path) -> Path:
     return next(directory.glob("store/base-*.partial/checkpoints"), directory / "none")
 
 
-def _ranks_below(pid: int) -> list[int]:
-    """Process ids of training ranks that `pid` started, directly or not, the last one last."""
+def _processes_below(pid: int) -> list[int]:
+    """Process ids of what `pid` started, directly or not, to train: torchrun first, if it runs, the last rank last."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flows.config import Config, ConfigError
 from flows.config.checks import require
-from flows.config.engine import Device
+from flows.config.engine import Device, Precision
 from flows.config.launcher import LauncherKind
 from flows.config.model import Architecture, Kernels
 from flows.config.training import TrainingRun
@@ -55,13 +55,16 @@ def _check_weights(run: TrainingRun) -> None:
 
 
 def _check_device(run: TrainingRun) -> None:
-    if run.engine.device != Device.cuda and run.model.kernels != Kernels.triton:
+    fp8, nvme_path = run.engine.precision == Precision.fp8, run.engine.nvme_path
+    if run.engine.device != Device.cuda and run.model.kernels != Kernels.triton and not (fp8 or nvme_path):
         return
     import torch
 
     from kernels.dispatch import unavailable_reason
 
-    if run.engine.device == Device.cuda and run.launcher.kind in (LauncherKind.local, LauncherKind.rendezvous):
+    ranks_are_here = run.launcher.kind in (LauncherKind.local, LauncherKind.rendezvous)
+    device = "cuda" if run.engine.device != Device.cpu and torch.cuda.is_available() else "cpu"
+    if run.engine.device == Device.cuda and ranks_are_here:
         count = torch.cuda.device_count()
         require(
             count >= run.launcher.num_ranks,
@@ -70,8 +73,16 @@ def _check_device(run: TrainingRun) -> None:
             f"needs one GPU for each of launcher.num_ranks={run.launcher.num_ranks}, and {count} can be seen here",
             "Set engine.device=cpu, or fewer ranks.",
         )
-    if run.model.kernels == Kernels.triton:
-        device = "cuda" if run.engine.device != Device.cpu and torch.cuda.is_available() else "cpu"
-        if reason := unavailable_reason(run.model.kernels, device, run.model.hidden_size):
-            field = f"{run.model_section}.kernels"
-            raise ConfigError(f"{field}=triton cannot run here: {reason}. Set {field}=auto.")
+    if fp8 and ranks_are_here:
+        from flows.training.fp8_linear import unavailable_reason as why_no_fp8
+
+        if reason := why_no_fp8(device):
+            raise ConfigError(f"engine.precision=fp8 cannot run here: {reason}. Set engine.precision=bf16.")
+    if nvme_path is not None and ranks_are_here:
+        from flows.training.nvme import unavailable_reason as why_no_nvme
+
+        if reason := why_no_nvme(nvme_path, device):
+            raise ConfigError(f"engine.nvme_path={nvme_path} cannot be used: {reason}.")
+    if reason := unavailable_reason(run.model.kernels, device, run.model.hidden_size):
+        field = f"{run.model_section}.kernels"
+        raise ConfigError(f"{field}=triton cannot run here: {reason}. Set {field}=auto.")

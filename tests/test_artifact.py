@@ -64,6 +64,11 @@ def toy(**config: Any) -> Stage:
     return Stage("toy", "flows.toy", TokenizerConfig(**config))
 
 
+def rewrite(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
 def runs(store: ArtifactStore) -> int:
     return int((store.root.parent / "runs.txt").read_text())
 
@@ -94,6 +99,10 @@ def test_equal_content_has_an_equal_digest_whatever_the_logs_say(project: Path, 
         (lambda path: (path / "logs" / "time.txt").write_text("x"), "logs/time.txt has sha256"),
         (lambda path: (path / "new").write_text("x"), "new does not belong to it"),
         (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is not JSON"),
+        (
+            lambda path: rewrite(path / "manifest.json", "4096", "4095"),
+            "manifest.json has changed since it was written",
+        ),
         (lambda path: (path / "manifest.json").unlink(), "no artifact was made from these inputs yet"),
     ],
 )

@@ -12,7 +12,10 @@ from flows.config.checks import require, require_positive
 
 
 class Precision(StrEnum):
-    """Number format of weights, activations and gradients; bf16 keeps fp32 master weights."""
+    """Number format of weights, activations and gradients; bf16 and fp8 keep fp32 master weights.
+
+    fp8 is bf16 but for the matrix products of all blocks, whose operands are rounded to fp8 (arXiv:2209.05433).
+    """
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -47,9 +50,9 @@ class EngineConfig:
     offload_optimizer: Offload = Offload.none
     """Where optimizer state is kept and the update computed (ZeRO-Offload, arXiv:2101.06840)."""
     offload_parameters: Offload = Offload.none
-    """Where ZeRO-3's weights wait until a layer needs them (ZeRO-Infinity, arXiv:2104.07857)."""
+    """Where ZeRO-3's weights wait until a layer needs them (ZeRO-Infinity, arXiv:2104.07857); not `nvme`."""
     nvme_path: Path | None = None
-    """Directory on a fast disk of each machine, for what is offloaded to `nvme`."""
+    """Directory on a fast disk of each machine, for optimizer state that is offloaded to `nvme`, masters included."""
     pipeline_stages: int = 1
     """Ranks that each hold a part of the layers; micro batches flow through them (arXiv:1811.06965)."""
     tensor_parallel_size: int = 1
@@ -66,8 +69,7 @@ class EngineConfig:
     """Raw DeepSpeed configuration keys, passed through; one that contradicts ours is an error."""
 
     def __post_init__(self) -> None:
-        sizes = ["pipeline_stages", "tensor_parallel_size", "sequence_parallel_size", "expert_parallel_size"]
-        require_positive("engine", self, sizes)
+        require_positive("engine", self, PARALLELISM)
         require(
             0 <= self.zero_stage <= 3,
             "engine.zero_stage",
@@ -76,22 +78,23 @@ class EngineConfig:
             "Set engine.zero_stage=1.",
         )
         require(
-            self.precision != Precision.fp8,
-            "engine.precision",
-            self.precision,
-            "is not supported: it needs a GPU of compute capability 8.9 or higher, and DeepSpeed 0.19 trains in it "
-            "only through layers of NVIDIA's Transformer Engine, which this decoder has not been shown right with",
-            "Set engine.precision=bf16.",
-        )
-        require(
-            not (self.precision == Precision.bf16 and self.zero_stage == 0),
+            self.precision == Precision.fp32 or self.zero_stage > 0,
             "engine.precision",
             self.precision,
             "cannot be combined with engine.zero_stage=0: DeepSpeed 0.19 takes a phantom optimizer step there",
             "Set engine.zero_stage=1, which costs nothing on one rank.",
         )
+        for name, without in {"tensor_parallel_size": 1, "compile": False}.items():
+            value = getattr(self, name)
+            require(
+                self.precision != Precision.fp8 or value == without,
+                "engine.precision",
+                self.precision,
+                f"cannot be combined with engine.{name}={value}: the two have not been shown right together",
+                f"Set engine.precision=bf16, or engine.{name}={without}.",
+            )
         self._check_offload()
-        self._check_pairs(sizes)
+        self._check_pairs()
 
     @property
     def ranks_per_replica(self) -> int:
@@ -120,16 +123,23 @@ class EngineConfig:
             f"cannot be combined with engine.zero_stage={self.zero_stage}: only ZeRO-3 fetches weights layer by layer",
             "Set engine.zero_stage=3.",
         )
-        to_nvme = Offload.nvme in (self.offload_optimizer, self.offload_parameters)
+        require(
+            self.offload_parameters != Offload.nvme,
+            "engine.offload_parameters",
+            self.offload_parameters,
+            "is not supported: DeepSpeed 0.19 gives a weight that it reads ahead a second buffer, and ends",
+            "Set engine.offload_parameters=cpu; engine.offload_optimizer=nvme keeps the larger part on the disk.",
+        )
+        to_nvme = self.offload_optimizer == Offload.nvme
         require(
             (self.nvme_path is not None) == to_nvme,
             "engine.nvme_path",
             self.nvme_path,
-            "must be given exactly if something is offloaded to nvme",
+            "must be given exactly if optimizer state is offloaded to nvme",
             "Set engine.nvme_path=/a/fast/disk." if to_nvme else "Set engine.nvme_path=null.",
         )
 
-    def _check_pairs(self, sizes: list[str]) -> None:
+    def _check_pairs(self) -> None:
         require(
             self.pipeline_stages == 1 or self.zero_stage <= 1,
             "engine.zero_stage",
@@ -138,7 +148,7 @@ class EngineConfig:
             "layers and supports ZeRO 0-1",
             "Set engine.zero_stage=1, or engine.pipeline_stages=1.",
         )
-        used = [name for name in sizes if getattr(self, name) > 1]
+        used = [name for name in PARALLELISM if getattr(self, name) > 1]
         for first, second in combinations(used, 2):
             require(
                 {first, second} in SUPPORTED_PAIRS,
@@ -150,6 +160,8 @@ class EngineConfig:
             )
 
 
+PARALLELISM = ("pipeline_stages", "tensor_parallel_size", "sequence_parallel_size", "expert_parallel_size")
+"""Ways to share a model among ranks, besides data parallelism."""
 SUPPORTED_PAIRS = [
     {"pipeline_stages", "sequence_parallel_size"},
     {"tensor_parallel_size", "sequence_parallel_size"},

@@ -40,9 +40,26 @@ def from_json(section_type: type[Section], text: str) -> Section:
     """The section that `to_json` wrote; every check runs again.
 
     Raises:
-        pydantic.ValidationError: A field is missing, unknown or of the wrong type.
+        pydantic.ValidationError: A field is missing or of the wrong type.
+        ConfigError: A field is unknown.
     """
-    return TypeAdapter(section_type).validate_json(text)
+    section = TypeAdapter(section_type).validate_json(text)
+    for name in _unknown(json.loads(text), to_plain(section), ""):
+        raise ConfigError(f"{name} is not a field of {section_type.__name__}. Remove it.")
+    return section
+
+
+def _unknown(given: Any, known: Any, path: str) -> Iterator[str]:
+    """Dotted names that were given and that nothing reads."""
+    if isinstance(given, dict) and isinstance(known, dict):
+        for name, value in given.items():
+            if name not in known:
+                yield f"{path}{name}"
+            else:
+                yield from _unknown(value, known[name], f"{path}{name}.")
+    elif isinstance(given, list) and isinstance(known, list):
+        for number, (value, other) in enumerate(zip(given, known, strict=False)):
+            yield from _unknown(value, other, f"{path}{number}.")
 
 
 def from_plain(section_type: type[Section], plain: Any) -> Section:

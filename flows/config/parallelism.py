@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flows.config.checks import require
+from flows.config.engine import Precision
+from flows.config.model import Architecture
 
 if TYPE_CHECKING:
     from flows.config.training import TrainingRun
@@ -17,6 +19,7 @@ def check_parallelism(run: TrainingRun) -> None:
     _check_shares(run)
     _check_experts(run)
     _check_kind_of_training(run)
+    _check_fp8(run)
 
 
 def _check_ranks(run: TrainingRun) -> None:
@@ -172,6 +175,42 @@ def _check_kind_of_training(run: TrainingRun) -> None:
             )
 
 
+def _check_fp8(run: TrainingRun) -> None:
+    if run.engine.precision != Precision.fp8:
+        return
+    model, section = run.model, run.model_section
+    without = {
+        f"{section}.architecture": (model.architecture, Architecture.decoder),
+        f"{section}.num_experts": (model.num_experts, 0),
+        f"{run.train_section}.lora.rank": (run.train.lora.rank, 0),
+    }
+    for field, (value, only) in without.items():
+        require(
+            value == only,
+            field,
+            value,
+            "cannot be combined with engine.precision=fp8, which knows our decoder's linear layers only",
+            f"Set engine.precision=bf16, or {field}={only}.",
+        )
+    tokens = run.train.micro_batch_size * run.sequence_length // run.engine.sequence_parallel_size
+    sizes = {
+        f"{section}.hidden_size": model.hidden_size,
+        f"{section}.intermediate_size": model.intermediate_size,
+        f"{section}.num_attention_heads x head width": model.num_attention_heads * model.head_dim,
+        f"{section}.num_key_value_heads x head width": model.num_key_value_heads * model.head_dim,
+        f"{run.train_section}.micro_batch_size x tokens of a sequence on a rank": tokens,
+    }
+    for field, size in sizes.items():
+        require(
+            size % FP8_MULTIPLE == 0,
+            field,
+            size,
+            f"must be a multiple of {FP8_MULTIPLE} for engine.precision=fp8: GPUs multiply fp8 in tiles of so many",
+            f"Make it {FP8_MULTIPLE * max(1, round(size / FP8_MULTIPLE))}, or set engine.precision=bf16.",
+        )
+
+
+FP8_MULTIPLE = 16
 NOT_WITH_EXPERTS: dict[str, tuple[object, ...]] = {
     "zero_stage": (0, 2, 1),
     "pipeline_stages": (1,),

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from flows.config.checks import require, require_fraction, require_positive
 from flows.config.engine import EngineConfig
-from flows.config.launcher import LauncherConfig
+from flows.config.launcher import ELSEWHERE, LauncherConfig
 from flows.config.lora import LoraConfig
 from flows.config.model import ModelConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
@@ -158,7 +158,7 @@ class TrainingRun:
     train: TrainConfig
     engine: EngineConfig
     launcher: LauncherConfig
-    tracking: TrackingConfig
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=ELSEWHERE)
     sequence_length: int
     seed: int
     temperature: float = 1.0

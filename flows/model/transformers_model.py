@@ -18,6 +18,8 @@ from flows.model.decoder import Decoder
 
 KINDS = ("gemma", "gpt2", "gpt_neox", "gptj", "olmo2", "opt", "phi", "phi3", "smollm3")
 """Values of `model_type` whose models were exported and computed the same; of others, some cannot be exported."""
+ENCODERS = ("albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta")
+"""Values of `model_type` that people may well try, and that fill in masked tokens."""
 
 
 class TransformersModel(nn.Module):
@@ -62,10 +64,15 @@ def check_kind(directory: Path) -> dict[str, Any]:
     """
     found = read_json(directory)
     kind = found.get("model_type")
+    if kind in ENCODERS:
+        raise CheckpointError(
+            f"{directory / CONFIG} has model_type={kind}, an encoder. What is trained, measured and served here is the "
+            f"next token, and encoders have none. Name a causal language model: {', '.join(KINDS)}."
+        )
     if kind not in KINDS:
         raise CheckpointError(
             f"{directory / CONFIG} has model_type={kind}; what is taken as it is: {', '.join(KINDS)}. "
-            "Encoders have no next token; Llama, Qwen2 and Qwen3 run in our decoder: model.architecture=decoder."
+            "Llama, Qwen2 and Qwen3 run in our decoder: model.architecture=decoder."
         )
     if found.get("sliding_window") and found.get("use_sliding_window", True):
         raise CheckpointError(

@@ -32,6 +32,8 @@ KILL_GRACE_S = 5
 """The server gets this long beyond `exit_timeout_s` between SIGTERM and SIGKILL."""
 STACK_BYTES = 512 << 20
 """2.51 keeps a request's JSON body on the stack: with the usual 8 MB, a body of 5 MB ends the server."""
+STARTS = 3
+"""Times that a server is started which finds a port taken that had been free."""
 LAST_LINES = 12
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
@@ -98,14 +100,20 @@ class InferenceServer:
 
     def __enter__(self) -> Self:
         _sweep_after_dead_owners()
-        self._ports = _choose_ports(self.host, self._wanted_ports)
-        self._runtime_dir = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{os.getpid()}-"))
-        try:
-            self._start(prepare_installation(self._runtime_dir))
-            self._wait_until_ready()
-        except BaseException:
-            self._stop()
-            raise
+        for starts_left in reversed(range(STARTS)):
+            self._ports = _choose_ports(self.host, self._wanted_ports)
+            self._runtime_dir = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{os.getpid()}-"))
+            try:
+                self._start(prepare_installation(self._runtime_dir))
+                self._wait_until_ready()
+                break
+            except ServerError:
+                self._stop()
+                if not starts_left or not self._lost_a_port():
+                    raise
+            except BaseException:
+                self._stop()
+                raise
         return self
 
     def __exit__(
@@ -174,14 +182,25 @@ class InferenceServer:
                 preexec_fn=_in_server_process,
             )
 
+    def _lost_a_port(self) -> bool:
+        """Whether somebody else took a port between its choice and the server's start, and another may be chosen."""
+        taken = re.findall(r"Socket '[^']*:(\d+)' already in use", self.log_path.read_text(errors="replace"))
+        free_to_choose = {self._ports[name] for name, port in self._wanted_ports.items() if port == 0}
+        return any(int(port) in free_to_choose for port in taken)
+
     def _wait_until_ready(self) -> None:
+        # The metrics come up last, after the models are ready; a server that cannot bind their port then ends.
+        waiting = [f"{self.http_address}/v2/health/ready", f"{self.metrics_address}/metrics"]
         deadline = time.monotonic() + self._startup_timeout_s
         while time.monotonic() < deadline:
             self.check_running()
             try:
-                with urllib.request.urlopen(f"http://{self.http_address}/v2/health/ready", timeout=2) as response:
+                with urllib.request.urlopen(f"http://{waiting[0]}", timeout=2) as response:
                     if response.status == 200:
-                        return
+                        waiting.pop(0)
+                        if not waiting:
+                            return
+                        continue
             except OSError:
                 pass
             time.sleep(POLL_INTERVAL_S)

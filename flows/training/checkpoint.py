@@ -1,4 +1,4 @@
-"""Resumable checkpoints in one form for every number of ranks and ZeRO stage; complete or not there at all.
+"""Resumable checkpoints in one form for every way to share work among ranks; complete or not there at all.
 
 Each rank writes the fragments it owns (`flows.training.fragments`) into `.step-<n>.partial`; when all are on disk, the
 first rank adds a manifest with the digest of every file and renames the directory to `step-<n>`. Ranks that resume read
@@ -32,9 +32,11 @@ from flows.artifact import (
     write_json_atomically,
 )
 from flows.config import RunError
-from flows.config.training import TrainConfig
+from flows.config.engine import PARALLELISM
+from flows.config.training import TrainingRun
 from flows.training.fragment_files import Piece, PieceReader, pieces_of, restore, write_pieces
-from flows.training.fragments import held_fragments, inner_optimizer, own_fragments, spread_weights
+from flows.training.fragments import held_fragments, inner_optimizer, is_on_nvme, own_fragments, spread_weights
+from flows.training.weight_parts import whole_name, whole_shape
 
 logger = logging.getLogger(__name__)
 PARTIAL = ".partial"
@@ -60,7 +62,7 @@ class TrainingState:
     loss_tokens: int = 0
     """Targets that counted so far."""
     layouts: list[dict[str, Any]] = field(default_factory=list)
-    """From which step on how many ranks trained at which ZeRO stage."""
+    """From which step on how many ranks trained at which ZeRO stage, and how they shared the model besides."""
 
 
 class Checkpoints:
@@ -70,11 +72,11 @@ class Checkpoints:
         directory: Holds `step-<n>` directories, and `damaged-step-<n>` where one was found to be so.
         engine: The engine whose state is saved and loaded, between two optimizer updates.
         weights: This rank's parameters by their name in the model.
-        config: How many checkpoints stay.
+        run: How many checkpoints stay, and what ranks share.
     """
 
-    def __init__(self, directory: Path, engine: DeepSpeedEngine, weights: Weights, config: TrainConfig) -> None:
-        self._directory, self._engine, self._weights, self._config = directory, engine, weights, config
+    def __init__(self, directory: Path, engine: DeepSpeedEngine, weights: Weights, run: TrainingRun) -> None:
+        self._directory, self._engine, self._weights, self._run = directory, engine, weights, run
         self._writer = ThreadPoolExecutor(1)
         self._unfinished: Future[None] | None = None
         self._group = dist.new_group(backend="gloo")  # for the writer alone: collectives of two threads would mix
@@ -86,13 +88,18 @@ class Checkpoints:
             CheckpointError: This save or the one before failed on some rank; it is gone, earlier ones are as they were.
         """
         self.wait()
-        fragments = own_fragments(self._engine, self._weights.items())
-        needed = sum(tensor.nbytes for fragment in fragments for _, tensor in fragment.tensors())
-        pieces: Iterable[Piece] = pieces_of(fragments, copy=self._config.asynchronous_checkpoints)
-        if self._config.asynchronous_checkpoints:
+        asynchronous = self._run.train.asynchronous_checkpoints
+        pieces: Iterable[Piece] = pieces_of(
+            own_fragments(self._engine, self._weights.items()), copy=asynchronous or is_on_nvme(self._engine)
+        )
+        if asynchronous:
             pieces = list(pieces)
+            needed = sum(tensor.nbytes for *_, tensor in pieces)
+        else:
+            mine = own_fragments(self._engine, self._weights.items())
+            needed = sum(tensor.nbytes for fragment in mine for _, tensor in fragment.tensors())
         self._unfinished = self._writer.submit(self._write, asdict(state), pieces, needed)
-        if not self._config.asynchronous_checkpoints:
+        if not asynchronous:
             self.wait()
 
     def wait(self) -> None:
@@ -192,8 +199,8 @@ class Checkpoints:
         return sorted((path.name for path in self._directory.glob("step-*")), reverse=True)
 
     def _prune(self) -> None:
-        every = self._config.keep_every_steps
-        for name in self._complete()[self._config.keep_checkpoints :]:
+        every = self._run.train.keep_every_steps
+        for name in self._complete()[self._run.train.keep_checkpoints :]:
             if not (every and int(name.removeprefix("step-")) % every == 0):
                 gone = self._directory / f".{name}{PARTIAL}"  # so that an interrupted removal leaves no damaged one
                 (self._directory / name).rename(gone)
@@ -213,16 +220,16 @@ class Checkpoints:
 
     def _restore(self, checkpoint: Path, manifest: dict[str, Any]) -> TrainingState:
         state = TrainingState(**manifest["state"])
-        shapes = _shapes(self._weights)
-        for name, shape in shapes.items():
-            saved = manifest["shapes"].get(name)
+        saved_shapes = _whole_shapes(manifest["shapes"])
+        for name, shape in _whole_shapes(_shapes(self._weights)).items():
+            saved = saved_shapes.get(name)
             if saved != shape:
                 raise CheckpointError(
                     f"checkpoint {checkpoint} is of another model: {name} has shape {saved} there and {shape} here. "
                     f"Remove {self._directory} to train from the start."
                 )
         optimizer = inner_optimizer(self._engine)
-        with PieceReader(checkpoint / name for name in manifest["files"]) as reader:
+        with PieceReader((checkpoint / name for name in manifest["files"]), manifest["shapes"]) as reader:
             fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
             restore(
                 held_fragments(self._engine, self._weights.items()), reader, self._engine.device if fused else "cpu"
@@ -234,8 +241,10 @@ class Checkpoints:
         return self._with_layout(state)
 
     def _with_layout(self, state: TrainingState) -> TrainingState:
-        layout = {"ranks": dist.get_world_size(), "zero_stage": self._engine.zero_optimization_stage()}
-        if not state.layouts or {name: state.layouts[-1][name] for name in layout} != layout:
+        engine = self._run.engine
+        kinds = {name: size for name in PARALLELISM if (size := getattr(engine, name)) > 1}
+        layout = {"ranks": dist.get_world_size(), "zero_stage": engine.zero_stage, **kinds}
+        if not state.layouts or state.layouts[-1] != {"from_step": state.layouts[-1]["from_step"], **layout}:
             state.layouts.append({"from_step": state.step, **layout})
         return state
 
@@ -248,6 +257,10 @@ class Checkpoints:
 
 def _shapes(weights: Weights) -> dict[str, list[int]]:
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in weights.items() if p.requires_grad}
+
+
+def _whole_shapes(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    return {whole_name(name): whole_shape(name, shape) for name, shape in shapes.items()}
 
 
 def _read_checked_manifest(checkpoint: Path) -> tuple[dict[str, Any], str | None]:

@@ -127,7 +127,7 @@ def main(job: DamageJob) -> None:
         state.step += 1
         return loss
 
-    whole = Checkpoints(job.directory / "whole", engine, weights, run.train)
+    whole = Checkpoints(job.directory / "whole", engine, weights, run)
     state, losses = whole.load(), []
     while state.step < STEPS:
         losses.append(train(state))
@@ -136,7 +136,7 @@ def main(job: DamageJob) -> None:
     whole.wait()
     outcomes = {}
     directory = job.directory / "damaged"
-    damaged = Checkpoints(directory, engine, weights, run.train)
+    damaged = Checkpoints(directory, engine, weights, run)
     for damage in damages(run.seed):
         if dist.get_rank() == 0:
             shutil.rmtree(directory, ignore_errors=True)

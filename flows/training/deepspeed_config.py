@@ -26,7 +26,7 @@ def deepspeed_config(run: TrainingRun) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
         "gradient_clipping": run.train.gradient_clipping,  # always given: DeepSpeed's default is 1.0, not off
-        "bf16": {"enabled": engine.precision == Precision.bf16},
+        "bf16": {"enabled": engine.precision != Precision.fp32},
         "zero_optimization": _zero(run),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # it has to be compiled; torch's own updates what is offloaded as well
@@ -46,6 +46,8 @@ def _zero(run: TrainingRun) -> dict[str, Any]:
         if where != Offload.none:
             path = {"nvme_path": str(engine.nvme_path)} if where == Offload.nvme else {}
             section[f"offload_{name}"] = {"device": where.value, **path}
+    if engine.offload_optimizer == Offload.nvme and run.train.ema_decay:
+        section["offload_optimizer"]["buffer_count"] = 5  # weight, gradient, AdamW's two moments, and the average
     return section
 
 

@@ -14,17 +14,21 @@ from typing import cast
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flows.config import RunError
+from flows.config.engine import Precision
 from flows.config.training import TrainingRun
 from flows.model.decoder import Decoder
 from flows.training.batches import Batch
 from flows.training.deepspeed_config import deepspeed_config
 from flows.training.expert_parallel import balance_penalty, share_experts, split_expert_groups
+from flows.training.fp8_linear import multiply_in_fp8
+from flows.training.nvme import reserve
 from flows.training.objectives import LossModule
 from flows.training.optimizers import build_optimizer
 from flows.training.pipeline import PipelineDecoder, merge_groups, pipeline_loss, pipeline_step
@@ -63,6 +67,8 @@ def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
     if run.model.num_experts:
         share_experts(model, run)
         module.penalty = partial(balance_penalty, model, run)
+    if run.engine.precision == Precision.fp8:
+        multiply_in_fp8(model, get_accelerator().device_name())
     if run.engine.activation_checkpointing:
         _recompute_layers(model)
     if run.engine.pipeline_stages > 1:
@@ -76,7 +82,9 @@ def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
         merge_groups(optimizer)
     if run.model.num_experts:
         split_expert_groups(optimizer)
+    reserved = reserve(run.engine.nvme_path, dist.get_rank()) if run.engine.nvme_path else None
     engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=deepspeed_config(run))
+    engine.reserved = reserved  # held as long as the engine is
     if run.engine.compile:
         engine.compile()
     return engine

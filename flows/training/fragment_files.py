@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flows.config import RunError
 from flows.training.fragments import WEIGHT, Fragment
+from flows.training.weight_parts import joined, part_of, whole_name
 
 FILE_BYTES = 2**30
 """A file is closed once it has this much; no file is much larger unless one tensor is."""
@@ -68,10 +69,22 @@ def _by_size(pieces: Iterable[Piece]) -> Iterator[dict[str, NDArray[Any]]]:
 
 
 class PieceReader:
-    """Reads elements of parameters and their optimizer state, wherever the ranks that wrote them had cut."""
+    """Reads elements of parameters and their optimizer state, wherever the ranks that wrote them had cut.
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    What tensor parallelism had cut otherwise than it is cut now is put together first, one tensor at a time.
+
+    Args:
+        paths: Files of a checkpoint.
+        shapes: Shape of each parameter or part in them, by name.
+    """
+
+    def __init__(self, paths: Iterable[Path], shapes: Mapping[str, Sequence[int]]) -> None:
         self._open = ExitStack()
+        self._shapes = shapes
+        self._parts: dict[str, list[str]] = defaultdict(list)
+        for name in shapes:
+            self._parts[whole_name(name)].append(name)
+        self._whole: tuple[tuple[str, str], Tensor] | None = None
         self._pieces: dict[str, dict[str, list[tuple[int, str, Any]]]] = defaultdict(lambda: defaultdict(list))
         for path in paths:
             file = self._open.enter_context(safe_open(path, framework="pt"))
@@ -86,12 +99,12 @@ class PieceReader:
         self._open.close()
 
     def keys(self, name: str) -> list[str]:
-        """Keys of the tensors that belong to a parameter."""
-        return sorted(self._pieces[name])
+        """Keys of the tensors that belong to a parameter, or to a part of one."""
+        return sorted(self._pieces[self._saved(name)])
 
     def scalar(self, name: str, key: str) -> Tensor | None:
         """The value [] if the state is one number; None if it is as large as the parameter."""
-        _, entry, file = self._pieces[name][key][0]
+        _, entry, file = self._pieces[self._saved(name)][key][0]
         return None if file.get_slice(entry).get_shape() else file.get_tensor(entry)
 
     def read_into(self, target: Tensor, name: str, key: str, start: int) -> None:
@@ -100,6 +113,9 @@ class PieceReader:
         Raises:
             UnfitCheckpointError: An element is in none of the files.
         """
+        if self._saved(name) != name:
+            target.copy_(self._cut_again(name, key)[start : start + target.numel()])
+            return
         missing = target.numel()
         for first, entry, file in self._pieces[name][key]:
             saved = file.get_slice(entry)
@@ -109,6 +125,23 @@ class PieceReader:
                 missing -= end - begin
         if missing:
             raise UnfitCheckpointError(f"{key} of {name} lacks {missing} of {target.numel()} elements")
+
+    def _saved(self, name: str) -> str:
+        """The name itself if it was saved under it; else that of a part of the same parameter, or of the whole."""
+        return name if name in self._shapes else next(iter(self._parts[whole_name(name)]), name)
+
+    def _cut_again(self, name: str, key: str) -> Tensor:
+        """All elements [any] of a parameter or part that was saved in other parts, or whole."""
+        base = whole_name(name)
+        if self._whole is None or self._whole[0] != (base, key):
+            parts = {}
+            for saved in self._parts[base]:
+                parts[saved] = torch.empty(*self._shapes[saved])
+                self.read_into(parts[saved].view(-1), saved, key, 0)
+            self._whole = (base, key), joined(parts)[base]
+        part = part_of({base: self._whole[1]}, name)
+        assert part is not None
+        return part.flatten()
 
 
 def restore(fragments: Iterable[Fragment], reader: PieceReader, scalar_device: torch.device | str) -> None:

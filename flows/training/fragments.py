@@ -7,6 +7,7 @@ arXiv:1910.02054). Named by parameter and position within it, the pieces no long
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +53,10 @@ class Fragment:
                 yield key, torch.as_tensor(value, dtype=_number_dtype(value)).detach()
 
 
-def held_fragments(engine: DeepSpeedEngine, weights: Iterable[tuple[str, nn.Parameter]]) -> list[Fragment]:
+def held_fragments(engine: DeepSpeedEngine, weights: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
     """All that this rank holds of the trained parameters; without ZeRO every rank holds everything.
+
+    A fragment's tensors are there until the next one is asked for: what is kept on NVMe passes through few buffers.
 
     Args:
         engine: Between two optimizer updates.
@@ -62,39 +65,49 @@ def held_fragments(engine: DeepSpeedEngine, weights: Iterable[tuple[str, nn.Para
     zero = engine.optimizer
     state = inner_optimizer(engine).state
     trained: list[tuple[str, Any]] = [(name, parameter) for name, parameter in weights if parameter.requires_grad]
-    found = []
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3: each parameter cut evenly, its end padded
+        for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            with _in_memory(zero, group):
+                for name, parameter in trained:
+                    its_group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+                    start = dist.get_rank(engine.seq_data_parallel_group) * size
+                    numel = min(size, parameter.ds_numel - start)
+                    if its_group == group and numel > 0:
+                        yield Fragment(name, start, numel, flat, offset, state[flat])
+        return
     for name, parameter in trained:
         if isinstance(zero, torch.optim.Optimizer):  # ZeRO-0 in float32: torch's own optimizer
-            found.append(Fragment(name, 0, parameter.numel(), parameter, 0, state[parameter]))
-        elif hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3: each parameter cut evenly, its end padded
-            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-            start = dist.get_rank(engine.seq_data_parallel_group) * size
-            numel = min(size, parameter.ds_numel - start)
-            if numel > 0:
-                flat = zero.fp32_partitioned_groups_flat[group]
-                found.append(Fragment(name, start, numel, flat, offset, state[flat]))
+            yield Fragment(name, 0, parameter.numel(), parameter, 0, state[parameter])
         elif parameter._hp_mapping is not None:  # ZeRO-1, ZeRO-2: groups of parameters cut evenly
             piece = parameter._hp_mapping
             flat = _flat_partitions(zero)[piece.param_group_index]
             inside, of_flat = piece.lp_fragment_address, piece.hp_fragment_address
-            found.append(Fragment(name, inside.start, inside.numel, flat, of_flat.start, state[flat]))
-    return found
+            yield Fragment(name, inside.start, inside.numel, flat, of_flat.start, state[flat])
 
 
-def own_fragments(engine: DeepSpeedEngine, weights: Iterable[tuple[str, nn.Parameter]]) -> list[Fragment]:
-    """What this rank has to write, so that all ranks together write every element once."""
-    held = held_fragments(engine, [(name, weight) for name, weight in weights if is_own(engine, name, weight)])
-    if not isinstance(engine.optimizer, torch.optim.Optimizer):
-        return held
-    shares = []
-    for piece in held:
+def own_fragments(engine: DeepSpeedEngine, weights: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
+    """What this rank has to write, so that all ranks together write every element once; see `held_fragments`."""
+    for piece in held_fragments(engine, [(name, weight) for name, weight in weights if is_own(engine, name, weight)]):
+        if not isinstance(engine.optimizer, torch.optim.Optimizer):
+            yield piece
+            continue
         expert_group = getattr(piece.flat, "group_name", None)  # of ranks that hold the same experts
         group = groups._get_expert_data_parallel_group(expert_group) if expert_group else engine.seq_data_parallel_group
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         first, end = piece.numel * rank // ranks, piece.numel * (rank + 1) // ranks
         if end > first:
-            shares.append(Fragment(piece.name, first, end - first, piece.flat, first, piece.state))
-    return shares
+            yield Fragment(piece.name, first, end - first, piece.flat, first, piece.state)
+
+
+def flat_states(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Each tensor that the optimizer updates, with its state; both are there until the next is asked for."""
+    zero, state = engine.optimizer, inner_optimizer(engine).state
+    if not hasattr(zero, "fp32_partitioned_groups_flat"):
+        yield from state.items()
+        return
+    for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+        with _in_memory(zero, group):
+            yield flat, state[flat]
 
 
 def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
@@ -113,7 +126,26 @@ def spread_weights(engine: DeepSpeedEngine) -> None:
         return
     zero.parameter_offload.partition_all_parameters()  # drops gathered copies of the weights as they were
     for group in range(len(zero.fp32_partitioned_groups_flat)):
-        zero._reassign_or_swap_out_partitioned_parameters(group)
+        with _in_memory(zero, group):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+
+
+def is_on_nvme(engine: DeepSpeedEngine) -> bool:
+    """Whether float32 weights and optimizer state are kept on NVMe."""
+    return bool(getattr(engine.optimizer, "swap_optimizer", False))
+
+
+@contextmanager
+def _in_memory(zero: Any, group: int) -> Iterator[None]:
+    """One of ZeRO-3's groups is in memory inside, and what was changed there is kept; for all but NVMe it always is."""
+    if not zero._swappable_optimizer_subgroup(group):
+        yield
+        return
+    zero._optimizer_states_and_gradient_swap_in(group)
+    try:
+        yield
+    finally:
+        zero._optimizer_states_and_gradient_swap_out(group)
 
 
 def _flat_partitions(zero: Any) -> list[Tensor]:

@@ -32,6 +32,8 @@ class Hardware:
     """Peak FLOP/s of dense matrix products in bf16, summed in fp32."""
     fp32_flops: float
     """The same in fp32 proper, which is torch's default (no TF32)."""
+    fp8_flops: float | None
+    """The same in fp8; None if it cannot multiply in it."""
     memory_bytes: int
     """What ranks on it may use together."""
     bytes_per_s: float
@@ -43,7 +45,18 @@ class Hardware:
     """The peak was measured here, not read from a data sheet."""
 
     def peak_flops(self, precision: Precision) -> float:
-        """Peak FLOP/s in a number format."""
+        """Peak FLOP/s in a number format.
+
+        Raises:
+            ConfigError: It is fp8, which this device does not have.
+        """
+        if precision == Precision.fp8:
+            if self.fp8_flops is None:
+                raise ConfigError(
+                    f"engine.precision=fp8 cannot be planned for {self.name}, which does not multiply in it. "
+                    "Set engine.precision=bf16, or plan.hardware=h100."
+                )
+            return self.fp8_flops
         return self.fp32_flops if precision == Precision.fp32 else self.bf16_flops
 
 
@@ -54,6 +67,7 @@ TABLE = {
         name="NVIDIA H200",
         bf16_flops=989.4 * TERA,
         fp32_flops=66.9 * TERA,
+        fp8_flops=1978.9 * TERA,
         memory_bytes=141 * GB,
         bytes_per_s=4.8 * TERA,
         typical_mfu=0.4,
@@ -63,6 +77,7 @@ TABLE = {
         name="NVIDIA H100 80GB HBM3",
         bf16_flops=989.4 * TERA,
         fp32_flops=66.9 * TERA,
+        fp8_flops=1978.9 * TERA,
         memory_bytes=80 * GIB,
         bytes_per_s=3.35 * TERA,
         typical_mfu=0.4,
@@ -72,6 +87,7 @@ TABLE = {
         name="NVIDIA A100-SXM4-80GB",
         bf16_flops=312 * TERA,
         fp32_flops=19.5 * TERA,
+        fp8_flops=None,
         memory_bytes=80 * GIB,
         bytes_per_s=2.04 * TERA,
         typical_mfu=0.45,
@@ -81,15 +97,17 @@ TABLE = {
         name="NVIDIA L4",
         bf16_flops=121 * TERA,
         fp32_flops=30.3 * TERA,
+        fp8_flops=242.5 * TERA,
         memory_bytes=24 * GB,
         bytes_per_s=0.3 * TERA,
         typical_mfu=0.35,
     ),
-    # NVIDIA Ada architecture white paper, table 2: bf16 with fp32 sums. MFU: assumed.
+    # NVIDIA Ada architecture white paper, table 2: bf16 and fp8 with fp32 sums. MFU: assumed.
     HardwareName.rtx4090: Hardware(
         name="NVIDIA GeForce RTX 4090",
         bf16_flops=165.2 * TERA,
         fp32_flops=82.6 * TERA,
+        fp8_flops=330.3 * TERA,
         memory_bytes=24 * GIB,
         bytes_per_s=1.01 * TERA,
         typical_mfu=0.4,
@@ -147,7 +165,8 @@ def measure_processor() -> Hardware:
     """This machine's processor: all its cores' fp32 matrix product, and one core's copy, measured now in
     about 0.4 s; the memory it may use.
 
-    bf16 is planned at the same peak, which is too little on processors with matrix units for it.
+    bf16 is planned at the same peak, which is too little on processors with matrix units for it, and so is fp8, which
+    is emulated.
     """
     generator = np.random.default_rng(0)
     left, right = (generator.random((MATMUL_SIZE, MATMUL_SIZE), dtype=np.float32) for _ in range(2))
@@ -161,6 +180,7 @@ def measure_processor() -> Hardware:
         name=f"this machine's {cores} cores",
         bf16_flops=flops,
         fp32_flops=flops,
+        fp8_flops=flops,
         memory_bytes=usable_memory_bytes(),
         bytes_per_s=bytes_per_s,
         typical_mfu=CPU_TYPICAL_MFU,

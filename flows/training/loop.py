@@ -69,7 +69,7 @@ def train(job: TrainingJob) -> None:
     counts = count_weights(model)
     engine = build_engine(LossModule(model, _loss(job)), run)
     del model  # a rank may need a part of it only
-    checkpoints = Checkpoints(job.checkpoint_dir, engine, named_parts(engine), run.train)
+    checkpoints = Checkpoints(job.checkpoint_dir, engine, named_parts(engine), run)
     state = checkpoints.load()
     first_step = state.step
     leader = dist.get_rank() == 0

@@ -39,6 +39,7 @@ class Layout:
     pipeline_stages: int
     tensor_parallel: int
     sequence_parallel: int
+    expert_parallel: int
     activation_checkpointing: bool
     zero_stage: int
     optimizer_offloaded: bool
@@ -55,6 +56,7 @@ def layout_of(run: TrainingRun) -> Layout:
         pipeline_stages=run.engine.pipeline_stages,
         tensor_parallel=run.engine.tensor_parallel_size,
         sequence_parallel=run.engine.sequence_parallel_size,
+        expert_parallel=run.engine.expert_parallel_size,
         activation_checkpointing=run.engine.activation_checkpointing,
         zero_stage=run.engine.zero_stage,
         optimizer_offloaded=_is_offloaded(zero, "offload_optimizer"),
@@ -98,21 +100,21 @@ def plan_memory(run: TrainingRun, vocab_size: int, is_gpu: bool, teacher: ModelC
     run = replace(run, model=counted_shape(run.model))
     layout = layout_of(run)
     width = FP32_BYTES if run.engine.precision == Precision.fp32 else BF16_BYTES
-    held_here = _local_share(run.model, vocab_size, layout)
+    held_here, updated_here = _held_share(run.model, vocab_size, layout), _updated_share(run.model, vocab_size, layout)
     counts = trained_weights(run, vocab_size)
     trained = held_here * counts.trained
-    resting = _resting_states(counts, layout, held_here, width, is_gpu)
+    gradients = width * (updated_here * counts.trained if layout.zero_stage >= 2 else trained)
+    resting = _resting_states(counts, layout, held_here, updated_here, width, is_gpu)
     if teacher is not None:
         resting["teacher"] = FP32_BYTES * arithmetic.parameter_count(teacher, vocab_size)
     backward = resting | {
-        "gradients": _gradient_bytes(layout, trained, width),
+        "gradients": gradients,
         "communication buckets": _bucket_bytes(layout, trained, width, is_gpu),
         "activations": _activation_bytes(run, layout, width, is_gpu),
         "logits and loss": _loss_bytes(run, vocab_size, layout),
     }
     step = resting | {
-        "gradients": _gradient_bytes(layout, trained, width)
-        + (FP32_BYTES * trained / layout.dp if layout.zero_stage else 0),
+        "gradients": gradients + (FP32_BYTES * updated_here * counts.trained if layout.zero_stage else 0),
         "communication buckets": _bucket_bytes(layout, trained, width, is_gpu),
     }
     phase, components = max((("backward", backward), ("optimizer step", step)), key=lambda one: sum(one[1].values()))
@@ -128,9 +130,8 @@ def update_bytes(run: TrainingRun, vocab_size: int) -> float:
     """Bytes that a rank's optimizer update reads and writes: gradients once, weights and state back and forth."""
     layout = layout_of(run)
     counts = trained_weights(run, vocab_size)
-    share = layout.dp if layout.zero_stage >= 1 else 1
     numbers = counts.trained + 2 * (counts.trained + counts.optimizer_states)
-    return FP32_BYTES * numbers * _local_share(counted_shape(run.model), vocab_size, layout) / share
+    return FP32_BYTES * numbers * _updated_share(counted_shape(run.model), vocab_size, layout)
 
 
 def _local_share(model: ModelConfig, vocab_size: int, layout: Layout) -> float:
@@ -140,24 +141,34 @@ def _local_share(model: ModelConfig, vocab_size: int, layout: Layout) -> float:
     return (in_layers / layout.pipeline_stages + total - in_layers) / total / layout.tensor_parallel
 
 
+def _held_share(model: ModelConfig, vocab_size: int, layout: Layout) -> float:
+    """Share of all parameters that a rank computes with: some of the experts, where ranks share those."""
+    in_experts = arithmetic.layer_matrix_count(model) - arithmetic.layer_matrix_count(model, experts=0)
+    experts = model.num_hidden_layers * in_experts if model.num_experts else 0
+    elsewhere = experts / arithmetic.parameter_count(model, vocab_size) * (1 - 1 / layout.expert_parallel)
+    return _local_share(model, vocab_size, layout) * (1 - elsewhere)
+
+
+def _updated_share(model: ModelConfig, vocab_size: int, layout: Layout) -> float:
+    """Share of all parameters whose update a rank computes; ZeRO cuts experts over the ranks that hold the same."""
+    if layout.zero_stage == 0:
+        return _held_share(model, vocab_size, layout)
+    return _local_share(model, vocab_size, layout) / layout.dp
+
+
 def _resting_states(
-    counts: TrainedWeights, layout: Layout, held_here: float, width: int, is_gpu: bool
+    counts: TrainedWeights, layout: Layout, held_here: float, updated_here: float, width: int, is_gpu: bool
 ) -> dict[str, float]:
     """What a rank holds all the time: weights, fp32 masters, optimizer state."""
-    share = layout.dp if layout.zero_stage >= 1 else 1
     weights = width * held_here * counts.all
     if layout.zero_stage == 3:
         own = 0.0 if layout.parameters_offloaded and is_gpu else weights / layout.dp
         weights = own + min(weights, width * layout.max_live_parameters)
-    states = FP32_BYTES * held_here * counts.optimizer_states / share
-    masters = FP32_BYTES * held_here * counts.trained / share if layout.zero_stage >= 1 else 0.0
+    states = FP32_BYTES * updated_here * counts.optimizer_states
+    masters = FP32_BYTES * updated_here * counts.trained if layout.zero_stage >= 1 else 0.0
     if layout.optimizer_offloaded and is_gpu:
         states = masters = 0.0
     return {"weights": weights, "fp32 masters": masters, "optimizer states": states}
-
-
-def _gradient_bytes(layout: Layout, parameters: float, width: int) -> float:
-    return width * parameters / (layout.dp if layout.zero_stage >= 2 else 1)
 
 
 def _bucket_bytes(layout: Layout, parameters: float, width: int, is_gpu: bool) -> float:

@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 def resumable_as(config: TrainingRun) -> TrainingRun:
     """The run with all that leaves its loss curve as it is, but for rounding, set to what a bare run has.
 
-    Ranks, ZeRO stage, device, micro batches, logs and the keeping of checkpoints may change while a run goes on: its
-    checkpoints serve any of them. Precision and raw DeepSpeed keys decide what is learnt.
+    Ranks and what they share, device, micro batches, logs and the keeping of checkpoints may change while a run goes
+    on: its checkpoints serve any of them. Precision and raw DeepSpeed keys decide what is learnt, and micro batches do
+    where experts are kept equally busy within each.
     """
     return replace(
         config,
@@ -46,7 +47,7 @@ def resumable_as(config: TrainingRun) -> TrainingRun:
         engine=EngineConfig(precision=config.engine.precision, deepspeed=config.engine.deepspeed),
         train=replace(
             config.train,
-            micro_batch_size=1,
+            micro_batch_size=config.train.micro_batch_size if config.model.num_experts else 1,
             checkpoint_interval_steps=1,
             keep_checkpoints=1,
             keep_every_steps=0,

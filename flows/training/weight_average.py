@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from flows.training.fragments import spread_weights
+from flows.training.fragments import flat_states, spread_weights
 
 AVERAGE = "ema"
 _DECAY = "ema_decay"
@@ -54,7 +54,7 @@ def averaged_weights(engine: DeepSpeedEngine, enabled: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def _swap(engine: DeepSpeedEngine) -> None:
-    for parameter, state in engine.basic_optimizer.state.items():
+    for parameter, state in flat_states(engine):
         if AVERAGE in state:
             held = parameter.detach().clone()
             parameter.data.copy_(state[AVERAGE])

@@ -7,7 +7,7 @@ of a pipeline hold other parameters each, tensor-parallel ranks parts of matrice
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import deepspeed
 import torch
@@ -57,6 +57,20 @@ def part_of(whole: Mapping[str, Tensor], name: str) -> Tensor | None:
     return whole[base].chunk(parts, dim)[part] if base in whole else None
 
 
+def whole_name(name: str) -> str:
+    """Name in the decoder of the weight that `name` is, or is a part of."""
+    found = _PART.match(name)
+    return found[1] if found else name
+
+
+def whole_shape(name: str, shape: Sequence[int]) -> list[int]:
+    """Shape of the weight that `name`, of this shape, is or is a part of."""
+    whole = list(shape)
+    if found := _PART.match(name):
+        whole[int(found[2])] *= int(found[4])
+    return whole
+
+
 def gather_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     """Whole weights by their names in the decoder, on CPU.
 
@@ -77,7 +91,7 @@ def gather_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
         elif dist.get_rank() == 0:
             shape, dtype = listed[holder][name]
             parts |= _sent_to_first(name, holder, torch.empty(shape, dtype=dtype, device=engine.device))
-    return _joined(parts)
+    return joined(parts)
 
 
 def _sent_to_first(name: str, holder: int, weight: Tensor) -> dict[str, Tensor]:
@@ -89,8 +103,8 @@ def _sent_to_first(name: str, holder: int, weight: Tensor) -> dict[str, Tensor]:
     return {name: weight.cpu().clone()} if rank == 0 else {}
 
 
-def _joined(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole weights from their parts, which are given up one by one."""
+def joined(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole weights from their parts, which are given up one by one; of one in parts, all have to be there."""
     whole: dict[str, Tensor] = {}
     for name in list(parts):
         found = _PART.match(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 import time
@@ -53,6 +54,14 @@ def test_conf_is_not_empty() -> None:
 def test_json_round_trip() -> None:
     config = compose_config(["+experiment=quickstart", "engine.deepspeed={zero_allow_untested_optimizer: true}"])
     assert from_json(Config, to_json(config)) == config
+
+
+def test_unknown_fields_of_a_written_section_are_refused_however_deep() -> None:
+    plain = to_plain(compose_config(["engine.deepspeed.communication_data_type=fp32"]))
+    assert from_json(Config, json.dumps(plain)) == compose_config(["engine.deepspeed.communication_data_type=fp32"])
+    plain["distill"]["train"]["optimizer"]["beta3"] = 0.5
+    with pytest.raises(ConfigError, match=r"distill.train.optimizer.beta3 is not a field of Config. Remove it"):
+        from_json(Config, json.dumps(plain))
 
 
 def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:

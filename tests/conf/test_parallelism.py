@@ -54,9 +54,22 @@ REFUSED = {
     "engine=zero2 engine.offload_parameters=cpu": (
         r"engine.offload_parameters=cpu cannot be combined with engine.zero_stage=2: only ZeRO-3 fetches weights"
     ),
-    "engine=zero3 engine.offload_parameters=nvme": r"engine.nvme_path=None must be given exactly if .* Set engine.nvme",
-    "engine.nvme_path=/tmp": r"engine.nvme_path=/tmp must be given exactly if something is offloaded to nvme",
-    "engine.precision=fp8": r"engine.precision=fp8 is not supported: it needs a GPU of compute capability 8.9",
+    "engine=zero3 engine.offload_parameters=nvme engine.nvme_path=/tmp": (
+        r"engine.offload_parameters=nvme is not supported: DeepSpeed 0.19 .* Set engine.offload_parameters=cpu"
+    ),
+    "engine=zero3 engine.offload_optimizer=nvme": r"engine.nvme_path=None must be given exactly if .* Set engine.nvme",
+    "engine.nvme_path=/tmp": r"engine.nvme_path=/tmp must be given exactly if optimizer state is offloaded to nvme",
+    "engine=zero0 engine.precision=fp8": r"engine.precision=fp8 cannot be combined with engine.zero_stage=0",
+    "launcher=two_ranks engine=tensor2 engine.precision=fp8": (
+        r"engine.precision=fp8 cannot be combined with engine.tensor_parallel_size=2: .* Set engine.precision=bf16"
+    ),
+    "engine.precision=fp8 model.num_experts=4": r"model.num_experts=4 cannot be combined with engine.precision=fp8",
+    "engine.precision=fp8 model.intermediate_size=680": (
+        r"model.intermediate_size=680 must be a multiple of 16 for engine.precision=fp8: .* Make it 672"
+    ),
+    "engine.precision=fp8 data.sequence_length=129 evaluate.latency.tokens=8 train.micro_batch_size=4": (
+        r"train.micro_batch_size x tokens of a sequence on a rank=516 must be a multiple of 16 for engine.precision=fp8"
+    ),
     "engine=zero0 engine.precision=bf16": r"engine.precision=bf16 cannot be combined with engine.zero_stage=0",
     "engine.pipeline_stages=0": r"engine.pipeline_stages=0 must be greater than 0",
     "launcher=two_ranks train.global_batch_size=24": (

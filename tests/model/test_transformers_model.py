@@ -88,7 +88,9 @@ def test_what_cannot_be_taken_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.architecture=transformers needs a model to start from"):
         ModelConfig(architecture=Architecture.transformers)
     BertConfig().save_pretrained(tmp_path / "bert")
-    with pytest.raises(ConfigError, match=r"has model_type=bert; what is taken .* Encoders have no next token"):
+    with pytest.raises(
+        ConfigError, match=r"model_type=bert, an encoder\. .* next token, and encoders have none\. Name a"
+    ):
         check_initial_weights(ModelConfig(architecture=Architecture.transformers, initial_weights=tmp_path / "bert"))
     path = saved(tmp_path / "phi3", "phi3") / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "sliding_window": 32}))

@@ -150,6 +150,7 @@ def _plan(config: Config, name: str) -> Plan:
         name="this machine's 2 cores",
         bf16_flops=1.6e11,
         fp32_flops=1.6e11,
+        fp8_flops=None,
         memory_bytes=24 * 10**9,
         bytes_per_s=1e10,
         typical_mfu=0.5,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from flows.config import ConfigError
-from flows.serving import installation
+from flows.serving import installation, server
 from flows.serving.installation import ServerError
 from flows.serving.server import PREFIX, SHARED_MEMORY_DIR, InferenceServer
 from tests.serving.tiny_chain import NAME, Chain
@@ -56,6 +56,36 @@ def test_taken_port_is_named(tmp_path: Path) -> None:
             InferenceServer(tmp_path, [], tmp_path / "server.log", grpc_port=port),
         ):
             pass
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    "name", ["metrics_port", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("http_port", "grpc_port"))]
+)
+def test_a_port_that_is_taken_meanwhile_is_chosen_anew(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = server._choose_ports
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+
+        def lose_one(host: str, wanted: dict[str, int]) -> dict[str, int]:
+            ports = choose(host, wanted)
+            if not chosen:
+                listener.listen()
+                ports[name] = listener.getsockname()[1]
+            chosen.append(ports)
+            return ports
+
+        chosen: list[dict[str, int]] = []
+        monkeypatch.setattr(server, "_choose_ports", lose_one)
+        (tmp_path / "repository").mkdir()
+        with InferenceServer(tmp_path / "repository", [], tmp_path / "server.log", exit_timeout_s=0) as started:
+            addresses = {"http_port": started.http_address, "metrics_port": started.metrics_address}
+            port = addresses.get(name, started.grpc_address).rpartition(":")[2]
+            started.check_running()
+        assert len(chosen) == 2
+        assert int(port) == chosen[1][name] != listener.getsockname()[1]
 
 
 def own_leftovers(pid: int) -> list[str]:

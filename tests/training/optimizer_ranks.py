@@ -59,7 +59,7 @@ def main(path: Path) -> None:
 
     def checkpoints_of(engine: Any, name: str, run: TrainingRun) -> Checkpoints:
         directory = cases.output_dir / "checkpoints" / name
-        return Checkpoints(directory, engine, dict(engine.module.model.named_parameters()), run.train)
+        return Checkpoints(directory, engine, dict(engine.module.model.named_parameters()), run)
 
     def losses_of(engine: Any, run: TrainingRun, steps: range) -> list[float]:
         dataset = PackedDataset(cases.tokens_dir, "train", run.sequence_length)

@@ -63,6 +63,7 @@ ON_CPU = {"offload_optimizer": Offload.cpu}
 ALL_ON_CPU = {**ON_CPU, "offload_parameters": Offload.cpu, "zero_stage": 3}
 RECOMPUTE = {"activation_checkpointing": True}
 BF16 = {"precision": Precision.bf16}
+FP8 = {"precision": Precision.fp8, "zero_stage": 1}
 CASES = [
     Case(1, {"zero_stage": 0}),
     Case(1, distills=True),
@@ -98,6 +99,14 @@ MORE_CASES = [
     Case(2, {**SEQUENCE, **RECOMPUTE}),
     Case(2, {**SEQUENCE, **BF16}),
     Case(2, SEQUENCE, distills=True),
+    Case(1, {"zero_stage": 1, "compile": True}),
+    Case(2, {"zero_stage": 3, "compile": True}),
+    Case(2, {**PIPELINE, "compile": True}),
+    Case(1, FP8),
+    Case(1, FP8, distills=True),
+    *[Case(2, {**FP8, "zero_stage": stage, **RECOMPUTE}) for stage in (2, 3)],
+    Case(2, {**FP8, **PIPELINE}, documents=True),
+    Case(2, {**FP8, **SEQUENCE}, documents=True),
     Case(1, {"zero_stage": 1}, EXPERTS),
     *[Case(2, {"zero_stage": stage, "expert_parallel_size": 1}, EXPERTS) for stage in (0, 1, 2)],
     *[Case(2, {"zero_stage": stage, "expert_parallel_size": 2}, EXPERTS) for stage in (1, 2)],
@@ -151,14 +160,22 @@ def test_the_loss_curve_and_the_weights_are_those_of_a_bare_loop(
     run = run_of(case, tiny_run)
     artifact = trained(run, **({"teacher": teacher} if case.distills else {}))
     used = teacher if case.distills else None
-    if run.engine.precision == Precision.bf16:
+    if run.engine.precision != Precision.fp32:
         truth = bare_losses(run, data, torch.float64, used)
-        # bf16 keeps 8 bits: some 20 roundings on the way to the loss cost 2^-9 each at most, and partly cancel.
+        # bf16 keeps 8 bits: some 20 roundings on the way to the loss cost 2^-9 each at most, and partly cancel. fp8
+        # keeps 4, of operands alone: in a product of 32 terms or more their errors cancel better.
         assert max(abs(a - b) / b for a, b in zip(losses(artifact), truth, strict=True)) <= 20**0.5 * 2**-9
     else:
         assert_same_curve(losses(artifact), run, data, used)
     assert_stream_is_proven(artifact, run, data)
     assert_saved_weights_are_the_measured_ones(artifact, run, data)
+
+
+@pytest.mark.exhaustive
+def test_fp8_is_not_bf16(trained: Trained, losses: Losses, tiny_run: Run) -> None:
+    run = run_of(Case(1, FP8), tiny_run)
+    wider = replace(run, engine=replace(run.engine, precision=Precision.bf16))
+    assert losses(trained(run)) != losses(trained(wider))
 
 
 def assert_saved_weights_are_the_measured_ones(artifact: Artifact, run: TrainingRun, data: dict[str, Artifact]) -> None:
@@ -170,7 +187,7 @@ def assert_saved_weights_are_the_measured_ones(artifact: Artifact, run: Training
     with torch.no_grad():
         logits = scores(model, inputs, documents if run.document_masks else None)
     whole = cross_entropy(logits, inputs, targets).item() / (targets != IGNORED).sum().item()
-    rounding = 20**0.5 * 2**-9 if run.engine.precision == Precision.bf16 else 32 * EPS
+    rounding = 20**0.5 * 2**-9 if run.engine.precision != Precision.fp32 else 32 * EPS
     assert abs(artifact.metrics["best_validation_loss"] - whole) <= rounding * whole
 
 

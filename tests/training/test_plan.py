@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from flows.config.launcher import LauncherConfig
 from flows.config.lora import LoraConfig
 from flows.config.model import ModelConfig
 from flows.config.training import TrainConfig, TrainingRun
+from flows.model.arithmetic import weight_shapes
 from flows.model.decoder import Decoder
 from flows.training.hardware import TABLE, find_hardware, measure_processor, usable_memory_bytes
 from flows.training.lora import add_adapters
@@ -55,6 +57,30 @@ def test_states_are_those_of_the_zero_paper(zero_stage: int, bytes_per_parameter
     names = ("weights", "gradients", "fp32 masters", "optimizer states")
     gathered = 2 * 1e9 if zero_stage == 3 else 0  # whole weights that DeepSpeed keeps for the layers at work
     assert sum(components[name] for name in names) - gathered == pytest.approx(bytes_per_parameter * parameters)
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, Precision.fp32), (1, Precision.bf16), (2, Precision.bf16)])
+def test_experts_are_shared_and_their_states_cut_over_those_that_hold_the_same(
+    zero_stage: int, precision: Precision, tiny_run: Run
+) -> None:
+    base = tiny_run(ranks=4, micro_batch_size=2, gradient_clipping=0.0)
+    run = replace(
+        base,
+        model=replace(base.model, num_experts=4),
+        engine=EngineConfig(zero_stage=zero_stage, precision=precision, expert_parallel_size=2),
+    )
+    sizes = {name: math.prod(shape) for name, shape in weight_shapes(run.model, 64).items()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    dense = sum(sizes.values()) - experts
+    width = 4 if precision == Precision.fp32 else 2
+    components = plan_memory(run, 64, False).components
+    assert components["weights"] == pytest.approx(width * (dense + experts / 2))
+    states = dense / 4 + experts / 2 / 2 if zero_stage else dense + experts / 2
+    assert components["optimizer states"] == pytest.approx(2 * 4 * states)
+    assert components.get("fp32 masters", 0) == pytest.approx(4 * states if zero_stage else 0)
+    gradients = states if zero_stage == 2 else dense + experts / 2
+    in_step = 4 * states if zero_stage and plan_memory(run, 64, False).phase == "optimizer step" else 0
+    assert components["gradients"] == pytest.approx(width * gradients + in_step)
 
 
 def test_adapters_alone_have_gradients_and_states(tiny_run: Run) -> None:
