@@ -28,7 +28,7 @@ class _Constants(NamedTuple):
     num_warps: int
 
 
-_UPDATE = {80: _Constants(1024, 8, 4)}  # 8 elements of five tensors a thread: 64 registers, half of the threads resident
+_UPDATE = {80: _Constants(1024, 8, 4)}  # 8 elements of each tensor a thread, in 56 registers: a GPU half full
 _SQUARES = {80: _Constants(4096, 16, 8)}
 _SUM_BLOCK = 1024
 _COUNT_BLOCK = 256
@@ -38,7 +38,7 @@ _NARROW = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 @triton.jit
 def _pointer(table_ptr, row, tensor, num_tensors, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = tl.load(table_ptr + row * num_tensors + tensor).to(tl.pointer_type(DTYPE))
-    # four elements a thread whatever their width: one layout for all tensors, so that none changes hands between threads
+    # four elements a thread whatever their width: one layout for all tensors, none of which then changes threads
     return tl.multiple_of(pointer, DTYPE.primitive_bitwidth // 2) if ALIGNED else pointer
 
 

@@ -21,8 +21,9 @@ class MemoryGuardError(AssertionError):
 def guarded_memory() -> Iterator[None]:
     """Within it, an interpreted kernel fails if it reaches outside of its tensors or races with itself.
 
-    Each address that a load, store or atomic does not mask out has to lie inside a tensor passed to the launch, or named
-    to be `within_reach`, within what its shape and strides reach. No address may be stored by two programs: on a GPU, either could be last.
+    Each address that a load, store or atomic does not mask out has to lie inside a tensor passed to the launch or said
+    to be `within_reach`, within what its shape and strides reach. No address may be stored by two programs: on a GPU,
+    either could be last.
     """
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw

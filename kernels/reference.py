@@ -47,7 +47,13 @@ def adamw(
     copies: Sequence[Tensor] = (),
 ) -> None:
     """One update in place by torch's own fused AdamW, after what `kernels.adamw.adamw` does to gradients before it."""
-    gradients = [gradient.to(weight.dtype) for gradient, weight in zip(gradients, weights, strict=True)]
+    # torch's own goes through memory in the weights' order, whatever the gradients' strides
+    gradients = [
+        gradient
+        if gradient.dtype == weight.dtype and gradient.stride() == weight.stride()
+        else torch.empty_like(weight).copy_(gradient)
+        for gradient, weight in zip(gradients, weights, strict=True)
+    ]
     scale, not_finite = 1 / loss_scale, None
     if squares is not None:
         not_finite = 1 - squares.isfinite().float()

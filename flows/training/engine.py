@@ -14,17 +14,21 @@ from typing import cast
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flows.config import RunError
 from flows.config.training import TrainingRun
 from flows.model.decoder import Decoder
+from flows.training.adamw import AdamW
 from flows.training.batches import Batch
 from flows.training.deepspeed_config import deepspeed_config
 from flows.training.expert_parallel import balance_penalty, share_experts, split_expert_groups
+from flows.training.gradient_clipping import clip_in_update, clips_in_update, keep_norm, measure_gradients
 from flows.training.objectives import LossModule
 from flows.training.optimizers import build_optimizer
 from flows.training.pipeline import PipelineDecoder, merge_groups, pipeline_loss, pipeline_step
@@ -69,14 +73,19 @@ def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
         whole: nn.Module = PipelineDecoder(model, module.loss, run)
     else:
         whole = module
-    optimizer = build_optimizer(whole, run.train.optimizer)
+    optimizer = build_optimizer(whole, run.train.optimizer, run.model.kernels.value)
     if run.train.ema_decay:
         keep_average(optimizer)
     if run.engine.pipeline_stages > 1:
         merge_groups(optimizer)
     if run.model.num_experts:
         split_expert_groups(optimizer)
-    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=deepspeed_config(run))
+    settings = deepspeed_config(run)
+    if clips_in_update(run, get_accelerator().device_name()):
+        settings = clip_in_update(cast(AdamW, optimizer), settings)
+    ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # else it warns; every one of ours is tested with ZeRO
+    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=settings)
+    keep_norm(engine)
     if run.engine.compile:
         engine.compile()
     return engine
@@ -117,6 +126,7 @@ def train_step(engine: DeepSpeedEngine, batches: Iterable[Batch], step: int) -> 
             dist.all_reduce(total)
             mean = float(total) / (accumulation * dist.get_world_size())
             _check_finite(mean, step)
+            measure_gradients(engine)
         engine.step()
     return mean
 
