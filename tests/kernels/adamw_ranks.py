@@ -24,8 +24,10 @@ class Work:
     tokens: Tensor
     """int64 [steps, micro batches of all ranks, 1, length + 1]."""
     vocab_size: int
-    resumed: tuple[str, str]
-    """Case that saves a checkpoint, and case that goes on from it."""
+    saved: str | None = None
+    """Case that saves a checkpoint."""
+    resumed: str | None = None
+    """Case that also goes on from it."""
 
 
 def main(work: Work, rank: int, ranks: int, port: int) -> None:
@@ -76,13 +78,13 @@ def main(work: Work, rank: int, ranks: int, port: int) -> None:
             result["measures"].append(gradient_measures(engine))
         result["weights"], result["held"] = gather_weights(engine), held(engine)
         results[name] = result
-        if name == work.resumed[0]:
+        if name == work.saved:
             checkpoints = checkpoints_of(engine, run)
             checkpoints.save(TrainingState(len(work.tokens)))
             checkpoints.wait()
             result["next"] = step(engine, 0)
             result["after"] = held(engine)
-        if name == work.resumed[1]:
+        if name == work.resumed:
             again = engine_of(run)
             assert checkpoints_of(again, run).load().step == len(work.tokens)
             result["loaded"] = held(again)

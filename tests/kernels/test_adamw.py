@@ -191,8 +191,9 @@ def test_any_layout(dtype: torch.dtype, device: str) -> None:
     check(kernel, plain, truth, [*updates, gradients])
 
 
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float32, torch.nan), (torch.float16, -torch.inf), (torch.bfloat16, torch.inf)]
+)
 def test_a_gradient_that_is_not_finite_changes_nothing(dtype: torch.dtype, value: float, device: str) -> None:
     shapes = [(20,), (1030,)]
     state = made(device, shapes, torch.bfloat16)
@@ -254,7 +255,7 @@ def test_a_shard_and_its_pieces_get_the_same_bits(device: str) -> None:
 
 
 def test_many_small_tensors_in_one_launch(device: str) -> None:
-    shapes = [(size,) for size in range(1, 41)]
+    shapes = [(size,) for size in range(1, 21)]
     kernel = made(device, shapes)
     plain, truth = kernel.as_(torch.float32), kernel.as_(torch.float64)
     gradients = normal(shapes, device, 1)
