@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.adamw import adamw
+from kernels.dispatch import unavailable_reason
 
 
 class AdamW(torch.optim.AdamW):
@@ -38,6 +39,10 @@ class AdamW(torch.optim.AdamW):
         self.squares: Tensor | None = None
         """Sum of squares of all gradients on all ranks [], float64, to be set before each update that may clip; which
         is left out where it is not finite."""
+
+    def runs_kernel_on(self, device_type: str) -> bool:
+        """Whether updates of parameters on such a device run the kernel."""
+        return self._kernels != "reference" and unavailable_reason("triton", device_type) is None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -26,9 +26,9 @@ from flows.config.training import TrainingRun
 from flows.model.decoder import Decoder
 from flows.training.adamw import AdamW
 from flows.training.batches import Batch
-from flows.training.deepspeed_config import deepspeed_config
+from flows.training.deepspeed_config import can_clip_in_update, deepspeed_config, without_clipping
 from flows.training.expert_parallel import balance_penalty, share_experts, split_expert_groups
-from flows.training.gradient_clipping import clip_in_update, clips_in_update, keep_norm, measure_gradients
+from flows.training.gradient_clipping import keep_norm, measure_gradients
 from flows.training.objectives import LossModule
 from flows.training.optimizers import build_optimizer
 from flows.training.pipeline import PipelineDecoder, merge_groups, pipeline_loss, pipeline_step
@@ -81,8 +81,9 @@ def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
     if run.model.num_experts:
         split_expert_groups(optimizer)
     settings = deepspeed_config(run)
-    if clips_in_update(run, get_accelerator().device_name()):
-        settings = clip_in_update(cast(AdamW, optimizer), settings)
+    if can_clip_in_update(run) and cast(AdamW, optimizer).runs_kernel_on(get_accelerator().device_name()):
+        settings = without_clipping(settings)
+        cast(AdamW, optimizer).max_norm = run.train.gradient_clipping
     ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # else it warns; every one of ours is tested with ZeRO
     engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=settings)
     keep_norm(engine)

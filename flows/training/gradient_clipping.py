@@ -14,48 +14,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import clip_grad_norm_
 
-from flows.config.engine import Offload
-from flows.config.optimizer import Optimizer
-from flows.config.training import TrainingRun
 from flows.training.adamw import AdamW
 from kernels.adamw import gradient_squares
-from kernels.dispatch import unavailable_reason
-
-_OWN_NORM = ("fp16", "data_types", "torch_autocast")
-"""Raw DeepSpeed settings of which each brings an optimizer that measures gradients for purposes of its own."""
-
-
-def clips_in_update(run: TrainingRun, device_type: str) -> bool:
-    """Whether AdamW's kernel clips, so that DeepSpeed need not."""
-    engine, raw = run.engine, run.engine.deepspeed
-    return (
-        run.train.optimizer.name == Optimizer.adamw
-        and run.model.kernels != "reference"
-        and unavailable_reason("triton", device_type) is None
-        and engine.zero_stage <= 2
-        and engine.offload_optimizer == Offload.none
-        and engine.pipeline_stages == engine.tensor_parallel_size == 1
-        and run.model.num_experts == 0
-        and not any(key in raw for key in _OWN_NORM)
-        and "zenflow" not in raw.get("zero_optimization", {})
-    )
-
-
-def clip_in_update(optimizer: AdamW, settings: dict[str, Any]) -> dict[str, Any]:
-    """Has the optimizer clip instead of DeepSpeed; its configuration without any pass over the gradients of its own."""
-    optimizer.max_norm = settings["gradient_clipping"]
-    zero = dict(settings["zero_optimization"])
-    if zero["stage"]:
-        zero["compute_grad_norm"] = False
-    bf16 = {**settings["bf16"], "check_grad_overflow": False}
-    return {**settings, "gradient_clipping": 0.0, "zero_optimization": zero, "bf16": bf16}
 
 
 def keep_norm(engine: DeepSpeedEngine) -> None:
