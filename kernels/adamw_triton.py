@@ -3,8 +3,9 @@
 """AdamW and the gradient's norm in the Triton language: kernels and the functions that launch them (`kernels.adamw`).
 
 One launch serves all tensors of a list, a few flat shards or hundreds of weights: a program takes a chunk of one of
-them and finds it in a table of addresses. Whole blocks are read without a mask, so that every access is 128 bits wide;
-what depends on the gradient's norm is read from the device, where every program works it out for itself.
+them and finds it in a table of addresses. Whole blocks are read without a mask, four elements or more at once, and so
+few registers hold them that half a GPU's threads wait for memory at a time. What depends on the gradient's norm is read
+from the device, where every program works it out for itself.
 """
 
 import math

@@ -59,7 +59,7 @@ def gradient_measures(engine: DeepSpeedEngine) -> dict[str, float]:
     norm = engine.get_global_grad_norm()
     if isinstance(optimizer, AdamW) and optimizer.squares is not None:
         norm = optimizer.squares.sqrt()
-        steps = torch.stack([state["step"] for state in optimizer.state.values()])
+        steps = torch.stack([state["step"] for state in optimizer.state.values() if "step" in state])
         skipped = engine.global_steps - int(steps.max())
     measures = {}
     if norm is not None and math.isfinite(norm):
