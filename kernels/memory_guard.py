@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
+from kernels import within_reach
+
 
 class MemoryGuardError(AssertionError):
     """A kernel touched what it must not; Triton's InterpreterError carries its text."""
@@ -19,8 +21,9 @@ class MemoryGuardError(AssertionError):
 def guarded_memory() -> Iterator[None]:
     """Within it, an interpreted kernel fails if it reaches outside of its tensors or races with itself.
 
-    Each address that a load, store or atomic does not mask out has to lie inside a tensor passed to the launch, within
-    what its shape and strides reach. No address may be stored by two programs: on a GPU, either could be last.
+    Each address that a load, store or atomic does not mask out has to lie inside a tensor passed to the launch or said
+    to be `within_reach`, within what its shape and strides reach. No address may be stored by two programs: on a GPU,
+    either could be last.
     """
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
@@ -65,7 +68,7 @@ def guarded_memory() -> Iterator[None]:
         on_host = init_args(self, args, kwargs)
         writers.clear()
         tensors = [value for value in (*on_host[0], *on_host[1].values()) if isinstance(value, torch.Tensor)]
-        extents[:] = [_extent(tensor) for tensor in tensors if tensor.numel()]
+        extents[:] = [_extent(tensor) for tensor in (*tensors, *within_reach.tensors) if tensor.numel()]
         return on_host
 
     try:

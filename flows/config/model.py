@@ -58,7 +58,8 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     """The output projection is the embedding matrix."""
     kernels: Kernels = Kernels.auto
-    """`auto`: Triton-language kernels on CUDA, else plain torch; `triton`: kernels or an error; `reference`: torch."""
+    """Of the model's operations and AdamW's update. `auto`: Triton-language kernels on CUDA, else plain torch;
+    `triton`: kernels or an error; `reference`: torch."""
     initial_weights: Path | None = None
     """Hugging Face directory (config.json, model.safetensors) of the same shape to start from: Llama, Qwen2, Qwen3 or
     one of ours; null = random."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from flows.config.checks import require, require_fraction, require_positive
-from flows.config.engine import EngineConfig
+from flows.config.engine import EngineConfig, Offload
 from flows.config.launcher import ELSEWHERE, LauncherConfig
 from flows.config.lora import LoraConfig
-from flows.config.model import ModelConfig
+from flows.config.model import Kernels, ModelConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.parallelism import check_parallelism
 from flows.config.tracking import TrackingConfig
@@ -209,6 +209,18 @@ class TrainingRun:
             self.train.optimizer.name,
             "cannot be combined with engine.zero_stage=3, which cuts every matrix over ranks: Muon needs whole ones",
             "Set engine.zero_stage=2, or train/optimizer=adamw.",
+        )
+        require(
+            not (
+                self.model.kernels == Kernels.triton
+                and self.train.optimizer.name == Optimizer.adamw
+                and self.engine.offload_optimizer != Offload.none
+            ),
+            f"{self.model_section}.kernels",
+            self.model.kernels,
+            f"cannot be combined with engine.offload_optimizer={self.engine.offload_optimizer}: AdamW then updates "
+            "weights in host memory, out of its kernel's reach",
+            f"Set {self.model_section}.kernels=auto, or engine.offload_optimizer=none.",
         )
         require(
             not self.train.lora.enabled or self.model.initial_weights is not None,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from flows.artifact import write_json_atomically
 from flows.config import from_json
+from flows.config.model import Kernels
 from flows.config.training import TrainingRun
 from flows.launcher import Heartbeat, follow_parent
 from flows.model.decoder import Decoder, initialize
@@ -101,7 +102,7 @@ def _bare_loop(run: TrainingRun) -> Step:
     """What a person would write: same model, batches, accumulation, clipping and fused AdamW; one process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _model(run).to(device)
-    optimizer = build_optimizer(model, run.train.optimizer)
+    optimizer = build_optimizer(model, run.train.optimizer, Kernels.reference.value)
     dataset = MadeUpTokens(VOCAB_SIZE, run.sequence_length, SEQUENCES)
     train = run.train
     steps = iter(range(train.max_steps))

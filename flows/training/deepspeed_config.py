@@ -14,6 +14,9 @@ CUT_BY_ROWS = r"(self_attn\.[qkv]_proj|mlp\.(gate|up)_proj)\.weight$"
 CUT_BY_COLUMNS = r"(self_attn\.o_proj|mlp\.down_proj)\.weight$"
 """Matrices of which it takes some inputs; the ranks' results are added up. Norms, embedding and head stay whole."""
 
+_MEASURE_FOR_THEMSELVES = ("fp16", "data_types", "torch_autocast")
+"""Raw DeepSpeed settings of which each brings an optimizer that scales losses or needs the norm itself."""
+
 
 def deepspeed_config(run: TrainingRun) -> dict[str, Any]:
     """DeepSpeed's configuration for this run, the user's raw keys merged in.
@@ -35,6 +38,29 @@ def deepspeed_config(run: TrainingRun) -> dict[str, Any]:
     if engine.tensor_parallel_size > 1:
         own["tensor_parallel"] = _tensor_parallel(engine.tensor_parallel_size)
     return _merged(own, engine.deepspeed, "engine.deepspeed")
+
+
+def can_clip_in_update(run: TrainingRun) -> bool:
+    """Whether AdamW's update may clip gradients instead of DeepSpeed; why: `flows.training.gradient_clipping`."""
+    engine, raw = run.engine, run.engine.deepspeed
+    return (
+        run.train.optimizer.name == Optimizer.adamw
+        and engine.zero_stage <= 2
+        and engine.offload_optimizer == Offload.none
+        and engine.pipeline_stages == engine.tensor_parallel_size == 1
+        and run.model.num_experts == 0
+        and not any(key in raw for key in _MEASURE_FOR_THEMSELVES)
+        and "zenflow" not in raw.get("zero_optimization", {})
+    )
+
+
+def without_clipping(settings: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's configuration with every pass over the gradients before the update switched off."""
+    zero = dict(settings["zero_optimization"])
+    if zero["stage"]:
+        zero["compute_grad_norm"] = False
+    bf16 = {**settings["bf16"], "check_grad_overflow": False}
+    return {**settings, "gradient_clipping": 0.0, "zero_optimization": zero, "bf16": bf16}
 
 
 def _zero(run: TrainingRun) -> dict[str, Any]:

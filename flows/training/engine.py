@@ -17,6 +17,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,10 +25,12 @@ from flows.config import RunError
 from flows.config.engine import Precision
 from flows.config.training import TrainingRun
 from flows.model.decoder import Decoder
+from flows.training.adamw import AdamW
 from flows.training.batches import Batch
-from flows.training.deepspeed_config import deepspeed_config
+from flows.training.deepspeed_config import can_clip_in_update, deepspeed_config, without_clipping
 from flows.training.expert_parallel import balance_penalty, share_experts, split_expert_groups
 from flows.training.fp8_linear import multiply_in_fp8
+from flows.training.gradient_clipping import keep_norm, measure_gradients
 from flows.training.nvme import reserve
 from flows.training.objectives import LossModule
 from flows.training.optimizers import build_optimizer
@@ -75,16 +78,22 @@ def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
         whole: nn.Module = PipelineDecoder(model, module.loss, run)
     else:
         whole = module
-    optimizer = build_optimizer(whole, run.train.optimizer)
+    optimizer = build_optimizer(whole, run.train.optimizer, run.model.kernels.value)
     if run.train.ema_decay:
         keep_average(optimizer)
     if run.engine.pipeline_stages > 1:
         merge_groups(optimizer)
     if run.model.num_experts:
         split_expert_groups(optimizer)
+    settings = deepspeed_config(run)
+    if can_clip_in_update(run) and cast(AdamW, optimizer).runs_kernel_on(get_accelerator().device_name()):
+        settings = without_clipping(settings)
+        cast(AdamW, optimizer).max_norm = run.train.gradient_clipping
+    ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # else it warns; every one of ours is tested with ZeRO
     reserved = reserve(run.engine.nvme_path, dist.get_rank()) if run.engine.nvme_path else None
-    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=deepspeed_config(run))
+    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=settings)
     engine.reserved = reserved  # held as long as the engine is
+    keep_norm(engine)
     if run.engine.compile:
         engine.compile()
     return engine
@@ -125,6 +134,7 @@ def train_step(engine: DeepSpeedEngine, batches: Iterable[Batch], step: int) -> 
             dist.all_reduce(total)
             mean = float(total) / (accumulation * dist.get_world_size())
             _check_finite(mean, step)
+            measure_gradients(engine)
         engine.step()
     return mean
 

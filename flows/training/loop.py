@@ -35,6 +35,7 @@ from flows.training.engine import (
     trained_module,
     validation_loss,
 )
+from flows.training.gradient_clipping import gradient_measures
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
@@ -97,9 +98,7 @@ def train(job: TrainingJob) -> None:
         heartbeat.beat()
         if _due(state.step, run.train.log_interval_steps, run.train):
             measured = meter.collect()
-            norm = engine.get_global_grad_norm()
-            if norm is not None:
-                measured["grad_norm"] = float(norm)
+            measured |= gradient_measures(engine)
             if log:
                 log.write(state.step, train_loss=loss, learning_rate=rate, **measured)
         if _due(state.step, run.train.eval_interval_steps, run.train):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from flows.config.optimizer import Optimizer, OptimizerConfig
+from flows.training.adamw import AdamW
 from flows.training.lion import Lion
 from flows.training.muon import Muon
 
@@ -15,18 +16,22 @@ HEADS = ("lm_head", "embed_out")
 """Names of output projections in our decoder and in those of transformers."""
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, kernels: str) -> torch.optim.Optimizer:
     """The optimizer over the weights that are trained: matrices decay, vectors (norms, biases) do not.
 
     Decay is decoupled for AdamW (arXiv:1711.05101), Lion and Muon, part of the gradient for the others, as in torch.
+
+    Args:
+        model: Its parameters' names and shapes decide on their groups.
+        config: Rule and constants.
+        kernels: The model's setting; AdamW's update is one of its operations.
     """
     hidden, embeddings, vectors = parameter_groups(model, config)
     groups = [group for group in (hidden, embeddings, vectors) if group["params"]]
     rate, betas = config.learning_rate, (config.beta1, config.beta2)
     match config.name:
         case Optimizer.adamw:
-            # One fused pass over the parameters; on CPU it takes two thirds of the time of the default loop.
-            return torch.optim.AdamW(groups, rate, betas, config.eps, fused=True)
+            return AdamW(groups, rate, betas, config.eps, kernels)
         case Optimizer.adam:
             return torch.optim.Adam(groups, rate, betas, config.eps, fused=True)
         case Optimizer.sgd:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from flows.compose import CONF_DIR, compose_config
-from flows.config import Config, ConfigError, from_json, from_plain, to_json
+from flows.config import Config, ConfigError, from_json, from_plain, to_json, to_plain
 from flows.config.optimizer import Optimizer
 from flows.config.reference import field_references
 

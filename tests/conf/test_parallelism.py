@@ -48,6 +48,10 @@ REFUSED = {
     "engine=zero0 engine.offload_optimizer=cpu": (
         r"engine.offload_optimizer=cpu cannot be combined with engine.zero_stage=0: it needs ZeRO 1, 2 or 3"
     ),
+    "engine.offload_optimizer=cpu model.kernels=triton": (
+        r"model.kernels=triton cannot be combined with engine.offload_optimizer=cpu: AdamW .* Set model.kernels=auto, "
+        r"or engine.offload_optimizer=none."
+    ),
     "engine=zero2 engine.offload_optimizer=nvme engine.nvme_path=/tmp": (
         r"engine.offload_optimizer=nvme cannot be combined with engine.zero_stage=2: .* Set engine.zero_stage=3"
     ),

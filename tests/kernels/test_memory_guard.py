@@ -10,6 +10,7 @@ from triton.runtime.errors import InterpreterError
 
 from kernels.memory_guard import guarded_memory
 from kernels.testing import assert_close_to_truth, poisoned_memory
+from kernels.within_reach import reaching
 
 
 @triton.jit
@@ -56,6 +57,25 @@ def test_writing_past_the_end_of_a_view_is_seen() -> None:
 def test_two_programs_that_store_to_one_address_are_seen() -> None:
     with pytest.raises(InterpreterError, match=r"programs \(0, 0, 0\) and \(1, 0, 0\) store to the same address"):
         copy(torch.zeros(16), torch.zeros(16), step=4)
+
+
+@triton.jit
+def _copy_by_address(table_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x_ptr, y_ptr = tl.load(table_ptr).to(tl.pointer_type(tl.float32)), tl.load(table_ptr + 1)
+    tl.store(y_ptr.to(tl.pointer_type(tl.float32)) + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+
+def test_tables_of_addresses_reach_what_they_are_said_to() -> None:
+    x, y = torch.arange(13.0), torch.zeros(14)
+    table = torch.tensor([x.data_ptr(), y.data_ptr()])
+    with reaching([x], [y]):
+        _copy_by_address[(1,)](table, 13, BLOCK=16)
+    assert torch.equal(x, y[:13])
+    with reaching([x], [y]), pytest.raises(InterpreterError, match="1 of 14 addresses are in no tensor"):
+        _copy_by_address[(1,)](table, 14, BLOCK=16)
+    with pytest.raises(InterpreterError, match="13 of 13 addresses are in no tensor"):
+        _copy_by_address[(1,)](table, 13, BLOCK=16)
 
 
 def test_atomics_may_meet_but_not_outside() -> None:

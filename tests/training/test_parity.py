@@ -167,6 +167,7 @@ def test_the_loss_curve_and_the_weights_are_those_of_a_bare_loop(
         assert max(abs(a - b) / b for a, b in zip(losses(artifact), truth, strict=True)) <= 20**0.5 * 2**-9
     else:
         assert_same_curve(losses(artifact), run, data, used)
+    assert all(event["grad_norm"] > 0 for event in artifact.metrics["curve"] if "train_loss" in event)
     assert_stream_is_proven(artifact, run, data)
     assert_saved_weights_are_the_measured_ones(artifact, run, data)
 
