@@ -14,9 +14,17 @@ if INTERPRETED:
     from kernels.interpreter import mend_interpreter
 
     mend_interpreter()
-    collect_ignore = ["test_check.py", "test_dispatch.py", "test_in_interpreter.py", "test_reference.py"]
+    collect_ignore = [
+        "test_bench.py",
+        "test_bench_report.py",
+        "test_check.py",
+        "test_dispatch.py",
+        "test_in_interpreter.py",
+        "test_reference.py",
+        "test_workloads.py",
+    ]
 else:
-    collect_ignore = ["test_interpreter.py", "test_memory_guard.py"]
+    collect_ignore = ["test_correctness.py", "test_interpreter.py", "test_memory_guard.py"]
 
 
 @pytest.fixture(params=DEVICES)
