@@ -20,6 +20,7 @@ if INTERPRETED:
         "test_check.py",
         "test_dispatch.py",
         "test_in_interpreter.py",
+        "test_readme.py",
         "test_reference.py",
         "test_workloads.py",
     ]
