@@ -119,7 +119,9 @@ def _widened(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compare(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
     if not actual.is_floating_point():
-        assert torch.equal(actual, truth), f"{(actual != truth).sum()} of {actual.numel()} elements differ"
+        assert actual.shape == truth.shape, f"shape {list(actual.shape)} instead of {list(truth.shape)}"
+        wrong = (actual != truth) & (actual != plain)  # a choice that rounding decides may be made either way
+        assert not wrong.any(), f"{wrong.sum()} of {wrong.numel()} elements are not what plain torch gives"
         return
     assert truth.dtype == torch.float64, f"plain torch computes in {truth.dtype} where it is given float64: no truth"
     # errors are of the scale of the tensor, not of the element: terms cancel, and how is known to each operation only

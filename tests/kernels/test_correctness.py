@@ -65,6 +65,19 @@ def test_wrong_kernels_get_no_numbers(kernel: Callable[..., Tensor], complaint: 
     assert re.match(complaint, error), error
 
 
+def test_choices_are_those_of_plain_torch_or_of_the_truth() -> None:
+    def largest(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return x.half().argmax(1) if x.dtype == torch.float32 else x.argmax(1)
+
+    def second(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return x.topk(2, dim=1).indices[:, 1]
+
+    choosing = replace(RIGHT, backward=None, plain=largest, kernel=torch.no_grad()(lambda x, **_: x.argmax(1)))
+    assert verdict(choosing, CPU, SIZES).error is None
+    error = verdict(replace(choosing, kernel=second), CPU, SIZES).error
+    assert error == "AssertionError: result 0 (gradients come last): 5 of 5 elements are not what plain torch gives"
+
+
 def test_a_truth_that_is_not_in_float64_is_none() -> None:
     error = verdict(replace(RIGHT, plain=in_float32), CPU, SIZES).error
     assert error is not None
