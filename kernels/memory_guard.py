@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
+from kernels import within_reach
+
 _SEVERAL = -1
 
 
@@ -22,10 +24,11 @@ def guarded_memory() -> Iterator[None]:
     """Within it, an interpreted kernel fails if it reaches outside of its tensors or races with itself.
 
     Each address that a load, store or atomic does not mask out has to be an element of the tensor whose pointer it was
-    computed from, not of its neighbour nor of a gap between its rows. The programs of a launch run in any order on a
-    GPU, so none may store what another loads or stores; atomics may meet atomics. A program's own threads run in any
-    order too: what it stores, it may load after `tl.debug_barrier()` only, and no two of its elements may be stored to
-    one address unless they are equal.
+    computed from, not of its neighbour nor of a gap between its rows; one from a table of addresses, of any tensor that
+    is passed to the launch or said to be `within_reach`. The programs of a launch run in any order on a GPU, so none
+    may store what another loads or stores; atomics may meet atomics. A program's own threads run in any order too: what
+    it stores, it may load after `tl.debug_barrier()` only, and no two of its elements may be stored to one address
+    unless they are equal.
 
     What nobody wrote is not seen here: `kernels.testing.poisoned_memory` makes that NaN.
     """
@@ -62,6 +65,8 @@ def guarded_memory() -> Iterator[None]:
 
     def guarded_init_args(self: Any, args: Any, kwargs: Any) -> Any:
         memory.__init__()  # type: ignore[misc]
+        for tensor in within_reach.tensors:
+            memory.watch(tensor)
         return init_args(self, args, kwargs)
 
     def watched(argument: Any) -> Any:

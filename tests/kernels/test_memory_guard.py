@@ -10,6 +10,7 @@ from triton.runtime.errors import InterpreterError
 
 from kernels.memory_guard import guarded_memory
 from kernels.testing import assert_close_to_truth, poisoned_memory
+from kernels.within_reach import reaching
 
 
 @triton.jit
@@ -17,6 +18,13 @@ def _copy(x_ptr, y_ptr, n, STEP: tl.constexpr, BLOCK: tl.constexpr, MASK_LOAD: t
     i = tl.program_id(0) * STEP + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < (n if MASK_LOAD else n + BLOCK), other=0.0)
     tl.store(y_ptr + i, x, mask=i < (n if MASK_STORE else n + BLOCK))
+
+
+@triton.jit
+def _copy_by_address(table_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x_ptr, y_ptr = tl.load(table_ptr).to(tl.pointer_type(tl.float32)), tl.load(table_ptr + 1)
+    tl.store(y_ptr.to(tl.pointer_type(tl.float32)) + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
 
 
 @triton.jit
@@ -101,6 +109,18 @@ def test_gaps_between_rows_are_no_elements() -> None:
     _columns[(4,)](storage[0, :8].expand(4, 8), y, 0, BLOCK=8)
     with pytest.raises(InterpreterError, match=r"program \(0, 0, 0\) loads 1 of 8 addresses outside"):
         _columns[(4,)](storage[:, :7], y, 24, BLOCK=8)
+
+
+def test_tables_of_addresses_reach_what_they_are_said_to() -> None:
+    x, y = torch.arange(13.0), torch.zeros(14)
+    table = torch.tensor([x.data_ptr(), y.data_ptr()])
+    with reaching([x], [y]):
+        _copy_by_address[(1,)](table, 13, BLOCK=16)
+    assert torch.equal(x, y[:13])
+    with reaching([x], [y]), pytest.raises(InterpreterError, match="loads 1 of 14 addresses outside of all tensors"):
+        _copy_by_address[(1,)](table, 14, BLOCK=16)
+    with pytest.raises(InterpreterError, match="loads 13 of 13 addresses outside of all tensors"):
+        _copy_by_address[(1,)](table, 13, BLOCK=16)
 
 
 def test_two_programs_that_store_to_one_address_are_seen() -> None:
