@@ -51,6 +51,8 @@ class Workload:
     """Least work of the backward pass; None where there is none."""
     rivals: Mapping[str, Call] = field(default_factory=dict)
     """Other implementations that are installed here, by name."""
+    kind: str = ""
+    """What tells it from calls of the same operation, sizes and dtype, e.g. "reverse_kl"."""
     judge: Callable[[Any, Any, Any], None] | None = None
     """Where rounding is not all that may tell results from the truth: raises AssertionError for results (first) that
     are wrong given those of `plain` in the same dtype and in float64; without it, `assert_close_to_truth` does."""
@@ -59,7 +61,7 @@ class Workload:
     def name(self) -> str:
         """Tells it from the others, e.g. "rms_norm rows=16384 columns=4096 bfloat16"."""
         sizes = " ".join(f"{name}={size}" for name, size in self.sizes.items())
-        return f"{self.op} {sizes} {str(self.dtype).removeprefix('torch.')}"
+        return " ".join(filter(None, [self.op, self.kind, sizes, str(self.dtype).removeprefix("torch.")]))
 
 
 class Trial:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ def test_names_tell_workloads_apart() -> None:
     names = [each.name for each in all_workloads()]
     assert names
     assert len(names) == len(set(names))
+    one = all_workloads()[0]
+    assert replace(one, kind="odd").name == one.name.replace(one.op, f"{one.op} odd")
 
 
 @pytest.mark.parametrize("workload", FIRST, ids=lambda workload: workload.name)
@@ -32,7 +36,6 @@ def test_the_truth_is_in_float64(workload: Workload) -> None:
 @pytest.mark.parametrize("workload", all_workloads(), ids=lambda workload: workload.name)
 def test_costs_are_counted(workload: Workload) -> None:
     assert set(workload.small) == set(workload.sizes)
-    assert all(0 <= workload.small[name] <= size for name, size in workload.sizes.items())
     costs = [workload.forward(workload.sizes), *([workload.backward(workload.sizes)] if workload.backward else [])]
     assert sum(cost.bytes for cost in costs) > 0
 
