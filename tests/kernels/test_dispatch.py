@@ -1,7 +1,9 @@
 """Which implementation runs on a machine without a GPU, and what the user hears when it cannot."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,20 @@ def test_kernels_on_the_cpu_are_refused() -> None:
 def test_kernels_on_cuda_are_available() -> None:
     assert dispatch.WITH_TRITON
     assert dispatch.unavailable_reason("triton", "cuda") is None
+
+
+def test_all_but_what_launches_can_be_imported_without_triton() -> None:
+    """With Triton out of reach, as on a machine without it: operations, workloads, benchmark."""
+    package = Path(dispatch.__file__).parent
+    needing = {path for path in package.glob("*.py") if re.search(r"^(import|from) triton", path.read_text(), re.M)}
+    modules = [
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted({*package.rglob("*.py")} - needing)
+    ]
+    assert {"kernels.reference", "kernels.workloads", "kernels.bench", "kernels.testing"} <= set(modules)
+    code = f"import sys; sys.modules['triton'] = None; import {', '.join(modules)}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_model_on_the_cpu_imports_no_triton() -> None:
