@@ -11,9 +11,9 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 if INTERPRETED:
-    from kernels.interpreter import mend_bfloat16
+    from kernels.interpreter import mend_interpreter
 
-    mend_bfloat16()
+    mend_interpreter()
     collect_ignore = ["test_check.py", "test_dispatch.py", "test_in_interpreter.py", "test_reference.py"]
 else:
     collect_ignore = ["test_interpreter.py", "test_memory_guard.py"]
