@@ -29,7 +29,7 @@ class KernelError(RuntimeError):
 
 
 def unavailable_reason(
-    kernels: str, device_type: str, columns: int = 1, max_columns: int = MAX_COLUMNS
+    kernels: str, device_type: str, columns: int = 1, max_columns: int | None = None
 ) -> str | None:
     """Why what `kernels` asks for cannot be; None if it can.
 
@@ -37,7 +37,7 @@ def unavailable_reason(
         kernels: `auto`, `triton` or `reference`; only `triton` can be impossible.
         device_type: `torch.device.type` of the tensors, e.g. "cpu".
         columns: Width of their rows: a model's hidden size.
-        max_columns: Widest rows that the kernel takes.
+        max_columns: Widest rows that the kernel takes; None = `MAX_COLUMNS`.
     """
     if kernels != "triton":
         return None
@@ -45,8 +45,8 @@ def unavailable_reason(
         return "the package triton is not installed"
     if device_type != "cuda" and not INTERPRETED and not compile_only:
         return f"Triton-language kernels run on CUDA, not on {device_type}, unless TRITON_INTERPRET=1 interprets them"
-    if columns > max_columns:
-        return f"kernels hold rows of up to {max_columns} columns in registers, not {columns}"
+    if columns > (limit := max_columns or MAX_COLUMNS):
+        return f"kernels hold rows of up to {limit} columns in registers, not {columns}"
     return None
 
 
@@ -54,7 +54,7 @@ def runs_kernel(
     kernels: str,
     x: Tensor,
     columns: int | None = None,
-    max_columns: int = MAX_COLUMNS,
+    max_columns: int | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
     fp8: bool = False,
 ) -> bool:
@@ -64,7 +64,7 @@ def runs_kernel(
         kernels: `auto`: where one can run; `triton`: it must; `reference`: never.
         x: The tensor that the operation is about [..., D].
         columns: What a kernel holds of a row at once; None = all of it, D.
-        max_columns: The most that it can.
+        max_columns: The most that this one can; None = `MAX_COLUMNS`.
         dtypes: What the kernel takes.
         fp8: Whether it computes with 8-bit floats, which GPUs before `FP8_ARCHITECTURE` do not know.
 
