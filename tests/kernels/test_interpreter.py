@@ -170,7 +170,7 @@ def test_what_asks_for_it_is_cut_off(dtype: torch.dtype) -> None:
         assert cut == below[below.abs().argmax()]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, *FLOAT8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16] + FLOAT8 * (triton.__version__ >= "3.7"))  # 3.6 compiles none
 def test_constants_are_rounded(dtype: torch.dtype) -> None:
     y = torch.empty(4, dtype=dtype)
     _fill[(1,)](y, VALUE=1.7, BLOCK=4)
