@@ -34,9 +34,9 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
-    def count(self, num_rows: int, num_channels: int) -> int:
+    def tiles(self, num_rows: int, num_channels: int) -> int:
         """How many of them the result has."""
-        return triton.cdiv(num_rows, self.rows) * triton.cdiv(num_channels, self.channels)
+        return -(-num_rows // self.rows) * -(-num_channels // self.channels)
 
 
 def choose_tile(tiles: Sequence[Tile], num_rows: int, num_channels: int, device: torch.device) -> Tile:
@@ -52,7 +52,7 @@ def choose_tile(tiles: Sequence[Tile], num_rows: int, num_channels: int, device:
         if num_rows <= tile.rows:
             return tile
     large = tiles[2:]
-    busy = [tile for tile in large if tile.count(num_rows, num_channels) >= processors(device)]
+    busy = [tile for tile in large if tile.tiles(num_rows, num_channels) >= processors(device)]
     return (busy or large[:1])[-1]
 
 

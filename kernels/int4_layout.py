@@ -38,8 +38,8 @@ def pack(codes: Tensor) -> Tensor:
         int16 [N, ceil(K / 128) * 32].
     """
     filled = torch.nn.functional.pad(codes.to(torch.int32), (0, -codes.shape[1] % BLOCK_COLUMNS))
-    quarters = filled.unflatten(1, (-1, 4, BLOCK_COLUMNS // 4)).unbind(2)
-    words = sum(quarter << 4 * place for place, quarter in enumerate(quarters))
+    quarters = torch.unflatten(filled, 1, (-1, 4, BLOCK_COLUMNS // 4)).unbind(2)
+    words = torch.stack([quarter << 4 * place for place, quarter in enumerate(quarters)]).sum(0)
     return words.flatten(1).to(torch.int16)  # keeps the low 16 bits
 
 
@@ -50,7 +50,7 @@ def unpack(packed: Tensor, columns: int) -> Tensor:
         packed: Words [N, ceil(K / 128) * 32].
         columns: K.
     """
-    blocks = packed.unflatten(1, (-1, 1, BLOCK_COLUMNS // 4))
+    blocks = torch.unflatten(packed, 1, (-1, 1, BLOCK_COLUMNS // 4))
     shifts = torch.arange(0, 16, 4, dtype=torch.int16, device=packed.device)[:, None]
     return (blocks >> shifts & 15).to(torch.uint8).flatten(1)[:, :columns]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import DTYPES, runs_kernel
+from kernels.dispatch import runs_kernel
 from kernels.reference import FP8, INT8, LARGEST_CODE
 from kernels.registration import register
 
@@ -25,17 +25,20 @@ def _dequantize_fake(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
 
 
 _MODULE = "kernels.quantize_triton"
-_quantize = register("quantize(Tensor x, int group_size, ScalarType dtype) -> (Tensor, Tensor)", _MODULE, _quantize_fake)
+_quantize = register(
+    "quantize(Tensor x, int group_size, ScalarType dtype) -> (Tensor, Tensor)", _MODULE, _quantize_fake
+)
 _dequantize = register("dequantize(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor", _MODULE, _dequantize_fake)
 
 
 def quantize_groups(
     x: Tensor, group_size: int, dtype: torch.dtype = INT8, kernels: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Codes of the rows of `x` and the scale of each group of columns: x = codes * scale, within half a step.
+    """Codes of the rows of `x` and the scale of each group of columns: x = codes * scale, to half a step.
 
-    A group's scale is its largest magnitude / 127 (int8, -128 unused) or / 448 (E4M3); codes are nearest, ties to even. Zero is code 0, so that rows
-    of zeros stay zeros. A NaN or infinity makes the scale of its group so, and with it all that is computed from it.
+    A group's scale is its largest magnitude / 127 (int8, -128 unused) or / 448 (E4M3); codes are the nearest, ties to
+    even. Zero is code 0, so that rows of zeros stay zeros. A NaN or an infinity makes the scale of its group so, and
+    with it all that is computed from it.
 
     Args:
         x: Numbers [..., K].
@@ -104,4 +107,5 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
     takes_codes = runs_kernel(kernels, codes, columns // groups, MAX_GROUP, tuple(LARGEST_CODE), codes.dtype == FP8)
     if not (takes_codes and runs_kernel(kernels, scales, 1)):
         return reference.dequantize(codes, scales, dtype)
-    return _dequantize(codes.reshape(-1, columns), scales.reshape(-1, groups), dtype).view(codes.shape)
+    y: Tensor = _dequantize(codes.reshape(-1, columns), scales.reshape(-1, groups), dtype)
+    return y.view(codes.shape)

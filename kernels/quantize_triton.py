@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import INT8, LARGEST_CODE, SMALLEST_MAGNITUDE
+from kernels.reference import LARGEST_CODE, SMALLEST_MAGNITUDE
 
 _NUMBERS = 4096
 """What a program holds at least: 32 for each of 128 threads."""

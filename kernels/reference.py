@@ -42,7 +42,8 @@ def quantize_groups(x: Tensor, group_size: int, dtype: torch.dtype) -> tuple[Ten
     Returns:
         Codes [..., K] and scales [..., K / G].
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (x.shape[-1] // group_size, group_size))
+    groups = torch.unflatten(x, -1, (x.shape[-1] // group_size, group_size))
+    wide = groups.to(torch.promote_types(x.dtype, torch.float32))
     largest = wide.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_MAGNITUDE)
     limit = torch.full_like(largest, LARGEST_CODE[dtype])  # dividing by a number, torch multiplies with its inverse
     steps = wide * (limit / largest)
@@ -61,7 +62,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         Numbers [..., K].
     """
-    groups = codes.unflatten(-1, (scales.shape[-1], codes.shape[-1] // scales.shape[-1]))
+    groups = torch.unflatten(codes, -1, (scales.shape[-1], codes.shape[-1] // scales.shape[-1]))
     return (groups.to(scales.dtype) * scales[..., None]).flatten(-2).to(dtype)
 
 
@@ -111,7 +112,7 @@ def w4a16_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     group_size = x.shape[-1] // scales.shape[0]
-    codes = unpack(packed, x.shape[-1]).to(wide).unflatten(1, (-1, group_size))  # [N, K / G, G]
+    codes = torch.unflatten(unpack(packed, x.shape[-1]), 1, (-1, group_size)).to(wide)  # [N, K / G, G]
     centred = codes - (SYMMETRIC_ZERO if zeros is None else zeros.t().to(wide)[..., None])
     weight = (centred * scales.t().to(wide)[..., None]).flatten(1)
     y = x.to(wide) @ weight.t()

@@ -57,7 +57,9 @@ def w4a16_linear(
         raise ValueError(f"{groups} groups of K={columns} columns are not groups of 32, 64 or 128")
     stored = [channels, words_per_row(columns)]
     if list(packed.shape) != stored or packed.dtype != torch.int16:
-        raise ValueError(f"packed is {packed.dtype} {list(packed.shape)}; N={channels} and K={columns} are int16 {stored}")
+        raise ValueError(
+            f"packed is {packed.dtype} {list(packed.shape)}; N={channels} and K={columns} are int16 {stored}"
+        )
     if zeros is not None and (zeros.shape != scales.shape or zeros.dtype != torch.uint8):
         raise ValueError(f"zeros are {zeros.dtype} {list(zeros.shape)}; the scales need uint8 {list(scales.shape)}")
     if scales.dtype != x.dtype:
@@ -66,4 +68,5 @@ def w4a16_linear(
         raise ValueError("4-bit linear layers have no gradient. Call them within torch.no_grad().")
     if not runs_kernel(kernels, x, 1, dtypes=DTYPES):
         return reference.w4a16_linear(x, packed, scales, zeros, bias)
-    return _linear(x.reshape(-1, columns), packed, scales, zeros, bias).view(*x.shape[:-1], channels)  # type: ignore[no-any-return]
+    y: Tensor = _linear(x.reshape(-1, columns), packed, scales, zeros, bias)
+    return y.view(*x.shape[:-1], channels)

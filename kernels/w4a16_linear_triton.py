@@ -21,8 +21,8 @@ _TILES = {
     80: (Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 128, 8, 3)),
     90: (Tile(16, 128, 128, 4, 4), Tile(64, 128, 128, 8, 3), Tile(128, 128, 128, 8, 3), Tile(256, 128, 128, 8, 3)),
 }
-"""Tiles from small to large for each architecture; a step is a block of packed columns. Derived from registers and shared
-memory, not yet measured."""
+"""Tiles from small to large for each architecture; a step is a block of packed columns. Derived from registers and
+shared memory, not yet measured."""
 _ZERO = tl.constexpr(SYMMETRIC_ZERO)
 _QUARTER = tl.constexpr(BLOCK_COLUMNS // 4)
 
@@ -136,7 +136,7 @@ def w4a16_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None
         return y
     group_size = num_columns // num_groups
     tile = choose_tile(constants(_TILES, x.device), num_rows, num_channels, x.device)
-    num_tiles, steps = tile.count(num_rows, num_channels), triton.cdiv(num_columns, BLOCK_COLUMNS)
+    num_tiles, steps = tile.tiles(num_rows, num_channels), triton.cdiv(num_columns, BLOCK_COLUMNS)
     splits = choose_splits(num_tiles, num_rows, steps, x.device)
     parts = torch.empty((splits, num_rows, num_channels), device=x.device) if splits > 1 else None
     _product[(num_tiles, splits)](

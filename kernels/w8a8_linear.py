@@ -22,7 +22,8 @@ def _fake(
 
 
 _linear = register(
-    "w8a8_linear(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor",
+    "w8a8_linear(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, ScalarType dtype)"
+    " -> Tensor",
     "kernels.w8a8_linear_triton",
     _fake,
 )
@@ -37,7 +38,7 @@ def w8a8_linear(
     dtype: torch.dtype = torch.bfloat16,
     kernels: str = "auto",
 ) -> Tensor:
-    """Linear layer of activations and weights in 8 bits: y[m, n] = x_scale[m] weight_scale[n] sum_k x[m, k] weight[n, k].
+    """Linear layer of activations and weights in 8 bits: y[m, n] = x_scale[m] weight_scale[n] sum_k x[m, k] w[n, k].
 
     Sums are exact in int32 for int8, and float32 for E4M3. What `kernels.quantize.quantize_rows` gives for activations
     and for a weight fits here.
@@ -63,13 +64,13 @@ def w8a8_linear(
         raise ValueError(f"codes are {x.dtype} and {weight.dtype}; both must be torch.int8 or both torch.float8_e4m3fn")
     if weight.shape != (channels, columns) or x_scale.shape != (*x.shape[:-1], 1) or weight_scale.shape != (channels,):
         raise ValueError(
-            f"weight {list(weight.shape)}, x_scale {list(x_scale.shape)} and weight_scale {list(weight_scale.shape)} do "
-            f"not fit x {list(x.shape)}; it needs [N, {columns}], {[*x.shape[:-1], 1]} and [N]"
+            f"weight {list(weight.shape)}, x_scale {list(x_scale.shape)} and weight_scale {list(weight_scale.shape)} "
+            f"do not fit x {list(x.shape)}; it needs [N, {columns}], {[*x.shape[:-1], 1]} and [N]"
         )
     if x.dtype == INT8 and columns > MAX_INT8_COLUMNS:
         raise ValueError(f"rows of {columns} int8 codes may overflow int32; {MAX_INT8_COLUMNS} columns are safe")
     takes_codes = runs_kernel(kernels, x, 1, dtypes=tuple(LARGEST_CODE), fp8=x.dtype == FP8)
     if not (takes_codes and runs_kernel(kernels, x_scale, 1)):
         return reference.w8a8_linear(x, weight, x_scale, weight_scale, bias, dtype)
-    y = _linear(x.reshape(-1, columns), weight, x_scale.reshape(-1), weight_scale, bias, dtype)
-    return y.view(*x.shape[:-1], channels)  # type: ignore[no-any-return]
+    y: Tensor = _linear(x.reshape(-1, columns), weight, x_scale.reshape(-1), weight_scale, bias, dtype)
+    return y.view(*x.shape[:-1], channels)

@@ -15,7 +15,6 @@ from kernels.code_products_triton import Tile, add_splits, choose_splits, choose
 from kernels.launch_constants import constants
 from kernels.reference import INT8
 
-
 _FEW, _SOME = Tile(16, 64, 256, 4, 4), Tile(64, 128, 128, 4, 3)
 _INT8 = {
     80: (_FEW._replace(columns=128), _SOME, Tile(128, 128, 128, 8, 3)),
@@ -57,7 +56,7 @@ def _product(
             x = tl.load(x_ptrs, mask=has_row & inside[:, None], other=0.0)
             weight = tl.load(weight_ptrs, mask=has_channel & inside[None, :], other=0.0)
             columns += BLOCK_K
-        if ACCUMULATOR == tl.int32:
+        if tl.int32 == ACCUMULATOR:
             sums = tl.dot(weight, x, sums, out_dtype=tl.int32)
         else:  # what Hopper's units add up themselves has fewer bits than float32
             sums = tl.dot(weight, x, sums, max_num_imprecise_acc=BLOCK_K)
@@ -95,7 +94,7 @@ def w8a8_linear(
         return y
     tiles = constants(_INT8 if x.dtype == INT8 else _FP8, x.device)
     tile = choose_tile(tiles, num_rows, num_channels, x.device)
-    num_tiles = tile.count(num_rows, num_channels)
+    num_tiles = tile.tiles(num_rows, num_channels)
     steps = triton.cdiv(num_columns, tile.columns)
     splits = choose_splits(num_tiles, num_rows, steps, x.device)
     accumulator = torch.int32 if x.dtype == INT8 else torch.float32

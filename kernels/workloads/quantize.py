@@ -27,7 +27,7 @@ def _codes(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, 
 
 
 def _plain_quantize(x: Tensor, codes: torch.dtype, group_size: int | None) -> tuple[Tensor, Tensor]:
-    groups = x.unflatten(-1, (-1, group_size or x.shape[-1])).to(torch.promote_types(x.dtype, torch.float32))
+    groups = torch.unflatten(x, -1, (-1, group_size or x.shape[-1])).to(torch.promote_types(x.dtype, torch.float32))
     scales = groups.abs().amax(-1, keepdim=True) / LARGEST_CODE[codes]
     steps = groups / scales
     return (steps.round() if codes == INT8 else steps).to(codes).flatten(-2), scales.squeeze(-1)
@@ -35,7 +35,7 @@ def _plain_quantize(x: Tensor, codes: torch.dtype, group_size: int | None) -> tu
 
 def _plain_dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     wide = torch.promote_types(scales.dtype, torch.float32)
-    y = (codes.to(wide).unflatten(-1, (scales.shape[-1], -1)) * scales[..., None]).flatten(-2)
+    y = (torch.unflatten(codes.to(wide), -1, (scales.shape[-1], -1)) * scales[..., None]).flatten(-2)
     return y if wide == torch.float64 else y.to(torch.bfloat16)
 
 

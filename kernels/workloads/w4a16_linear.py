@@ -23,7 +23,9 @@ def _workload(
         codes = torch.randint(0, 16, (channels, columns), device=device, dtype=torch.uint8)
         scales = torch.exp2(torch.randint(-9, -5, (groups, channels), device=device)).to(dtype)
         zeros = torch.randint(0, 16, (groups, channels), device=device, dtype=torch.uint8)
-        centred = codes.unflatten(1, (groups, group_size)).to(dtype) - (SYMMETRIC_ZERO if symmetric else zeros.t()[..., None])
+        centred = torch.unflatten(codes, 1, (groups, group_size)).to(dtype) - (
+            SYMMETRIC_ZERO if symmetric else zeros.t()[..., None]
+        )
         return {
             "x": torch.randn(sizes["rows"], columns, device=device, dtype=dtype),
             "packed": pack(codes),

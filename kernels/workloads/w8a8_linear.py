@@ -34,8 +34,8 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str,
     }
 
 
-def _kernel(dense_x: Tensor, dense_weight: Tensor, **codes: Tensor) -> Tensor:
-    return w8a8_linear(**codes, kernels="triton")
+def _kernel(x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, **dense: Tensor) -> Tensor:
+    return w8a8_linear(x, weight, x_scale, weight_scale, kernels="triton")
 
 
 def _plain(dense_x: Tensor, dense_weight: Tensor, **codes: Tensor) -> Tensor:

@@ -82,7 +82,9 @@ def test_every_weight_is_read_exactly(tokens: int, group_size: int, dtype: torch
     scales = torch.exp2(torch.arange(channels) % 5 - torch.arange(columns // group_size)[:, None] % 3).to(case.scales)
     y = w4a16_linear(x, case.packed, scales, case.zeros, kernels="triton")
     groups = picked // group_size  # scales that are powers of two round nothing
-    expected = (codes(channels, columns).t()[picked].double() - case.zeros.cpu()[groups]) * scales.cpu().double()[groups]
+    expected = (codes(channels, columns).t()[picked].double() - case.zeros.cpu()[groups]) * scales.cpu().double()[
+        groups
+    ]
     assert torch.equal(y.cpu().double(), expected)
 
 

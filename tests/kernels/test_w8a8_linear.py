@@ -71,7 +71,14 @@ def test_scaled_products(shape: tuple[tuple[int, ...], int, int], codes_dtype: t
 def test_integer_sums_are_exact(shape: tuple[tuple[int, ...], int, int], device: str) -> None:
     case = made(shape, INT8, device)
     x = case.x % 16 if shape[2] > 1000 else case.x  # sums below 2^24 are float32 numbers
-    y = w8a8_linear(x, case.weight, torch.ones_like(case.x_scale), torch.ones_like(case.weight_scale), dtype=torch.float32, kernels="triton")
+    y = w8a8_linear(
+        x,
+        case.weight,
+        torch.ones_like(case.x_scale),
+        torch.ones_like(case.weight_scale),
+        dtype=torch.float32,
+        kernels="triton",
+    )
     expected = x.double() @ case.weight.double().t()
     assert expected.abs().max() < 2**24
     assert torch.equal(y.double(), expected)
