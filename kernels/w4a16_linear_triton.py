@@ -17,9 +17,11 @@ from kernels.code_products_triton import Tile, add_splits, choose_splits, choose
 from kernels.int4_layout import BLOCK_COLUMNS, SYMMETRIC_ZERO
 from kernels.launch_constants import constants
 
+_FEW, _SOME = Tile(16, 128, 128, 4, 4), Tile(64, 128, 128, 8, 3)
 _TILES = {
     80: (Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 128, 8, 3)),
-    90: (Tile(16, 128, 128, 4, 4), Tile(64, 128, 128, 8, 3), Tile(128, 128, 128, 8, 3), Tile(256, 128, 128, 8, 3)),
+    90: (_FEW, _SOME, Tile(128, 128, 128, 8, 3), Tile(256, 128, 128, 8, 3)),
+    100: (_FEW, _SOME, Tile(128, 64, 128, 4, 3)),  # more weights or tokens exceed the tensor memory
 }
 """Tiles from small to large for each architecture; a step is a block of packed columns. Derived from registers and
 shared memory, not yet measured."""

@@ -19,6 +19,7 @@ _FEW, _SOME = Tile(16, 64, 256, 4, 4), Tile(64, 128, 128, 4, 3)
 _INT8 = {
     80: (_FEW._replace(columns=128), _SOME, Tile(128, 128, 128, 8, 3)),
     90: (_FEW, _SOME._replace(stages=4), Tile(128, 128, 128, 8, 3), Tile(128, 256, 128, 8, 4)),
+    100: (_FEW, _SOME._replace(stages=4), Tile(128, 128, 128, 8, 3)),  # int8 is done by the units of sm_80 there
 }
 _FP8 = {
     80: _INT8[80],  # for sm_89
