@@ -16,7 +16,7 @@ from flows.compression.quantize import quantize_
 from flows.compression.quantized_linear import W8A8Linear
 from flows.config import ConfigError
 from flows.config.compression import QuantizeConfig
-from flows.config.model import ModelConfig
+from flows.config.model import Kernels, ModelConfig
 from flows.model.checkpoint import save_decoder
 from flows.model.config_json import CheckpointError
 from flows.model.decoder import Decoder, initialize
@@ -118,10 +118,13 @@ def test_metrics_tell_sizes_and_layers(tmp_path, source):
 @pytest.mark.parametrize("skip", [(), ("*.up_proj",), ("lm_head",)])
 def test_loading_gives_exactly_the_model_that_was_quantized(tmp_path, source, model, skip):
     config = QuantizeConfig(skip_modules=skip)
-    loaded = load_candidate(built(tmp_path, source, config))
+    directory = built(tmp_path, source, config)
+    loaded = load_candidate(directory)
     quantize_(model, config)
     assert torch.equal(loaded(IDS), model(IDS))
     assert torch.equal(loaded.forward_hidden(IDS), model.forward_hidden(IDS))
+    assert loaded.model.layers[0].mlp.down_proj.kernels == "reference"
+    assert load_candidate(directory, Kernels.auto).model.layers[0].mlp.down_proj.kernels == "auto"
     assert (
         count_parameters(loaded)
         == count_parameters(model)

@@ -1,11 +1,17 @@
 """Products of 8-bit codes against float64: on CUDA, or interpreted on the CPU; integer sums are exact."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from flows.compression.quantize import quantize_
+from flows.compression.quantized_linear import W8A8Linear
+from flows.config.compression import QuantizeConfig
+from flows.config.model import Kernels, ModelConfig
+from flows.model.decoder import Decoder, initialize
 from kernels import reference
 from kernels.dispatch import INTERPRETED, KernelError
 from kernels.reference import FP8, INT8
@@ -146,6 +152,25 @@ def test_registration(device: str) -> None:
 def test_compiled(device: str) -> None:
     compiled = torch.compile(w8a8_linear, backend="aot_eager", fullgraph=True)
     check(made(((2, 3), 20, 48), FP8, device), torch.bfloat16, compiled)
+
+
+def test_a_quantized_decoder_runs_the_kernel_and_scores_the_same(device: str) -> None:
+    config = ModelConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    model = Decoder(replace(config, kernels=Kernels.reference), 50)
+    initialize(model, 0)
+    quantize_(model.requires_grad_(False), QuantizeConfig(min_sqnr_db=0))
+    model.to(device)
+    tokens = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(0)).to(device)
+    layers = [layer for layer in model.modules() if isinstance(layer, W8A8Linear)]
+    assert len(layers) == 8
+    scores = []
+    for kernels in ("triton", "reference"):
+        for layer in layers:
+            layer.kernels = kernels
+        scores.append(model(tokens))
+    assert torch.equal(*scores)  # codes, whole sums and two products in float32 are the same bits
 
 
 def test_what_cannot_be_is_refused(device: str) -> None:
