@@ -6,7 +6,9 @@ slow, for tests. Else: `kernels.reference`. Deciding imports no Triton and touch
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, float16, float32
 from torch import bfloat16 as bf16
 
@@ -18,19 +20,22 @@ DTYPES = (float32, float16, bf16)
 """What kernels read and write; they compute in float32."""
 MAX_COLUMNS = 8192
 """Longest row that a kernel holds in registers."""
+FP8_ARCHITECTURE = 89
+"""First architecture with 8-bit floats: Ada, compute capability 8.9."""
 
 
 class KernelError(RuntimeError):
     """A kernel was asked for where it cannot run."""
 
 
-def unavailable_reason(kernels: str, device_type: str, columns: int = 1) -> str | None:
+def unavailable_reason(kernels: str, device_type: str, columns: int = 1, max_columns: int | None = None) -> str | None:
     """Why what `kernels` asks for cannot be; None if it can.
 
     Args:
         kernels: `auto`, `triton` or `reference`; only `triton` can be impossible.
         device_type: `torch.device.type` of the tensors, e.g. "cpu".
         columns: Width of their rows: a model's hidden size.
+        max_columns: Widest rows that the kernel takes; None = `MAX_COLUMNS`.
     """
     if kernels != "triton":
         return None
@@ -38,18 +43,29 @@ def unavailable_reason(kernels: str, device_type: str, columns: int = 1) -> str 
         return "the package triton is not installed"
     if device_type != "cuda" and not INTERPRETED and not compile_only:
         return f"Triton-language kernels run on CUDA, not on {device_type}, unless TRITON_INTERPRET=1 interprets them"
-    if columns > MAX_COLUMNS:
-        return f"kernels hold rows of up to {MAX_COLUMNS} columns in registers, not {columns}"
+    if columns > (limit := max_columns or MAX_COLUMNS):
+        return f"kernels hold rows of up to {limit} columns in registers, not {columns}"
     return None
 
 
-def runs_kernel(kernels: str, x: Tensor, *, columns: int | None = None, unfit: str | None = None) -> bool:
+def runs_kernel(
+    kernels: str,
+    x: Tensor,
+    columns: int | None = None,
+    max_columns: int | None = None,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    fp8: bool = False,
+    unfit: str | None = None,
+) -> bool:
     """Whether an operation on the rows of `x` runs its kernel.
 
     Args:
         kernels: `auto`: where one can run; `triton`: it must; `reference`: never.
         x: The tensor that the operation is about [..., D].
-        columns: Width that has to fit into registers, if not D.
+        columns: What a kernel holds of a row at once; None = all of it, D.
+        max_columns: The most that this one can; None = `MAX_COLUMNS`.
+        dtypes: What the kernel takes.
+        fp8: Whether it computes with 8-bit floats, which GPUs before `FP8_ARCHITECTURE` do not know.
         unfit: What else keeps this operation's kernel from running, if anything does.
 
     Raises:
@@ -57,9 +73,19 @@ def runs_kernel(kernels: str, x: Tensor, *, columns: int | None = None, unfit: s
     """
     if kernels == "reference":
         return False
-    reason = unavailable_reason("triton", x.device.type, x.shape[-1] if columns is None else columns) or unfit
-    if reason is None and x.dtype not in DTYPES:
-        reason = f"kernels take float32, float16 and bfloat16, not {x.dtype}"
+    width = x.shape[-1] if columns is None else columns
+    reason = unavailable_reason("triton", x.device.type, width, max_columns) or unfit
+    if reason is None and x.dtype not in dtypes:
+        *others, last = (str(each).removeprefix("torch.") for each in dtypes)
+        reason = f"kernels take {', '.join(others)} and {last}, not {x.dtype}"
+    if reason is None and fp8 and 0 < (found := _architecture(x)) < FP8_ARCHITECTURE:
+        reason = f"8-bit floats need a GPU of sm_{FP8_ARCHITECTURE} or newer, not sm_{found}"
     if reason is not None and kernels == "triton":
         raise KernelError(f'kernels="triton" is not possible: {reason}. Use "auto" or "reference".')
     return reason is None
+
+
+def _architecture(x: Tensor) -> int:
+    from kernels.launch_constants import architecture  # imports Triton
+
+    return architecture(x.device)

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flows.compression.int8 import Int8Embedding, Int8Linear
+from flows.compression.int8 import Int8Embedding
+from flows.compression.quantized_linear import W8A8Linear
 from flows.config.model import Kernels
 from flows.model.checkpoint import WEIGHTS, load_decoder
 from flows.model.config_json import CONFIG, CheckpointError, read_config, read_json
@@ -47,7 +48,7 @@ def load_candidate(directory: Path, kernels: Kernels = Kernels.reference) -> Dec
         model = Decoder(replace(config, kernels=kernels), vocab_size)
         for name in quantization["modules"]:
             layer = model.get_submodule(name)
-            replace_layer(model, name, int8_layer(layer, *_empty_codes(layer)))
+            replace_layer(model, name, int8_layer(layer, *_empty_codes(layer), kernels))
     tensors = _read_weights(directory / WEIGHTS)
     if config.tie_word_embeddings:
         shared = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{_EMBEDDING}.")}
@@ -76,18 +77,21 @@ def count_parameters(model: Decoder | TransformersModel) -> int:
     return sum(tensor.numel() for name, tensor in unshared_state(model).items() if not name.endswith(".weight_scale"))
 
 
-def int8_layer(layer: nn.Module, codes: Tensor, scale: Tensor) -> Int8Linear | Int8Embedding:
+def int8_layer(
+    layer: nn.Module, codes: Tensor, scale: Tensor, kernels: Kernels = Kernels.auto
+) -> W8A8Linear | Int8Embedding:
     """The INT8 layer that takes the place of a linear layer or an embedding.
 
     Args:
         layer: What is replaced.
         codes: Its weights, int8 [N, K].
         scale: Code step of each row, float32 [N].
+        kernels: Which implementation a linear layer runs.
     """
     if isinstance(layer, nn.Embedding):
         return Int8Embedding(codes, scale)
     assert isinstance(layer, nn.Linear)
-    return Int8Linear(codes, scale, layer.bias)
+    return W8A8Linear(codes, scale, layer.bias, kernels.value)
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from flows.artifact import Artifact, write_json_atomically
 from flows.compression.candidate import QUANT_METHOD, int8_layer, load_candidate, replace_layer, unshared_state
-from flows.compression.int8 import MAX_COLUMNS, choose_scale, dequantize, quantize, sqnr_db
+from flows.compression.int8 import sqnr_db
 from flows.config.checks import require
 from flows.config.compression import QuantizeConfig
 from flows.data.tokenizer import copy_tokenizer
 from flows.model.checkpoint import WEIGHTS
 from flows.model.config_json import CONFIG, read_json
 from flows.model.decoder import Decoder
+from kernels.quantize import dequantize, quantize_rows
+from kernels.w8a8_linear import MAX_INT8_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,7 @@ def quantize_(model: nn.Module, config: QuantizeConfig) -> QuantizeReport:
     rows = {}
     for names in sharing.values():
         weight = layers[names[0]].weight
-        scale = choose_scale(weight)
-        codes = quantize(weight, scale)
+        codes, scale = quantize_rows(weight)
         ratio = sqnr_db(weight, dequantize(codes, scale))
         reason = _reason_to_skip(names, weight, ratio, config)
         for name in names:
@@ -99,8 +100,8 @@ def _reason_to_skip(names: list[str], weight: Tensor, ratio: float, config: Quan
                 return f"{name} matches quantize.skip_modules={pattern}"
     if ratio < config.min_sqnr_db:
         return f"its weights keep {ratio:.1f} dB, less than quantize.min_sqnr_db={config.min_sqnr_db:g}"
-    if weight.shape[1] > MAX_COLUMNS:
-        return f"sums over {weight.shape[1]} columns may exceed INT32; {MAX_COLUMNS} are safe"
+    if weight.shape[1] > MAX_INT8_COLUMNS:
+        return f"sums over {weight.shape[1]} columns may exceed INT32; {MAX_INT8_COLUMNS} are safe"
     return None
 
 

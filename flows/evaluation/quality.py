@@ -19,6 +19,7 @@ from flows.artifact import Artifact, write_json_atomically
 from flows.compression.candidate import count_parameters, load_candidate
 from flows.config.checks import require
 from flows.config.compression import QualityConfig
+from flows.config.model import Kernels
 from flows.data.mixture import open_split
 from flows.data.packed import IGNORED, Sequences
 
@@ -64,7 +65,8 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
         "Set evaluate.max_tokens=131072.",
     )
     dataset = open_split(parents["tokens"].path, "test", config.sequence_length, config.document_masks, config.mixture)
-    model = load_candidate(parents["model"].path).to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_candidate(parents["model"].path, Kernels.auto).to(device)
     token_bytes = np.load(parents["tokenizer"].path / "token_bytes.npy")
     sequences = config.max_tokens // config.sequence_length
     batch_size = max(1, min(16, SCORES_LIMIT // (config.sequence_length * model.vocab_size)))

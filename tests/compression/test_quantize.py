@@ -11,11 +11,12 @@ from torch import nn
 from flows.artifact import Artifact
 from flows.compression import quantize
 from flows.compression.candidate import count_parameters, load_candidate
-from flows.compression.int8 import Int8Embedding, Int8Linear
+from flows.compression.int8 import Int8Embedding
 from flows.compression.quantize import quantize_
+from flows.compression.quantized_linear import W8A8Linear
 from flows.config import ConfigError
 from flows.config.compression import QuantizeConfig
-from flows.config.model import ModelConfig
+from flows.config.model import Kernels, ModelConfig
 from flows.model.checkpoint import save_decoder
 from flows.model.config_json import CheckpointError
 from flows.model.decoder import Decoder, initialize
@@ -37,7 +38,7 @@ def test_every_linear_layer_and_the_embedding_become_int8(model):
     assert report.quantized == [layer.name for layer in report.layers]
     assert not any(isinstance(layer, nn.Linear | nn.Embedding) for layer in model.modules())
     assert isinstance(model.model.embed_tokens, Int8Embedding)
-    assert isinstance(model.lm_head, Int8Linear)
+    assert isinstance(model.lm_head, W8A8Linear)
     # codes of normal weights: amax <= 4.5 sigma leaves 12 x (127 / 4.5)^2 = 39.8 dB at worst
     assert all(layer.sqnr_db > 39.8 for layer in report.layers)
     cosine = torch.cosine_similarity(model(IDS).flatten(), before.flatten(), dim=0)
@@ -117,10 +118,13 @@ def test_metrics_tell_sizes_and_layers(tmp_path, source):
 @pytest.mark.parametrize("skip", [(), ("*.up_proj",), ("lm_head",)])
 def test_loading_gives_exactly_the_model_that_was_quantized(tmp_path, source, model, skip):
     config = QuantizeConfig(skip_modules=skip)
-    loaded = load_candidate(built(tmp_path, source, config))
+    directory = built(tmp_path, source, config)
+    loaded = load_candidate(directory)
     quantize_(model, config)
     assert torch.equal(loaded(IDS), model(IDS))
     assert torch.equal(loaded.forward_hidden(IDS), model.forward_hidden(IDS))
+    assert loaded.model.layers[0].mlp.down_proj.kernels == "reference"
+    assert load_candidate(directory, Kernels.auto).model.layers[0].mlp.down_proj.kernels == "auto"
     assert (
         count_parameters(loaded)
         == count_parameters(model)
