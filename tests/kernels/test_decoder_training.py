@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flows.config.model import Kernels, ModelConfig
+from flows.model import arithmetic
 from flows.model.decoder import Decoder, initialize
 from kernels.testing import assert_close_to_truth
 
@@ -69,6 +71,27 @@ def test_two_steps_with_kernels_and_without(config: ModelConfig, device: str) ->
     for name, parameter in actual.items():
         # a weight's gradient sums terms of all positions: its errors are of the tensor's scale, not of the element's
         assert_close_to_truth(parameter, plain[name], truth[name], truth[name].abs().max())
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN_3], ids=["llama", "qwen3"])
+def test_layers_keep_what_is_planned(config: ModelConfig, device: str) -> None:
+    model = made(config, Kernels.triton, torch.bfloat16, device)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens_BL = torch.arange(2 * 8, device=device).view(2, 8)
+    with saved_tensors_hooks(remember, lambda tensor: tensor):
+        scores_BLV = model(tokens_BL)
+    assert scores_BLV.isfinite().all()
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    planned = arithmetic.layer_activation_bytes(config, 2, True) + arithmetic.norm_activation_bytes(config, 2, True)
+    angles = 2 * torch.float32.itemsize * 8 * config.head_dim
+    assert 0 <= kept - (2 * 8 * planned + tokens_BL.nbytes + angles) <= 64  # attention on CUDA keeps a few numbers
 
 
 def test_recomputed_layers_give_the_same_bits(device: str) -> None:
