@@ -22,11 +22,11 @@ class Backward(NamedTuple):
 
     programs: int
     """Per processor, at 256 threads each."""
-    stages: int
-    """Tiles under way at once; those of 16 bits, half as many of 32."""
+    ahead: int
+    """Tiles of 16-bit elements that are fetched before their turn; half as many of 32 bits."""
 
 
-BACKWARD = {80: Backward(2, 2), 90: Backward(2, 4), 100: Backward(2, 4)}
+BACKWARD = {80: Backward(2, 2), 90: Backward(2, 3), 100: Backward(2, 3)}  # 80: fits the 99 KiB of sm_86 and sm_89 too
 TILE = 2048
 """Elements of each tensor that a program holds at once, more only where a row is longer."""
 THREAD = 16
@@ -69,7 +69,9 @@ def _backward(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)  # [1, BLOCK]
+    # again for each row: a tile of the shape of the others, whose layout else gave way to one of single columns
+    every_row = columns + tl.zeros((ROWS, 1), tl.int32)  # [ROWS, BLOCK]
+    weight = tl.load(weight_ptr + every_row, mask=every_row < num_columns, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
     for tile in tl.range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
@@ -158,7 +160,7 @@ def norm_bwd(
         _backward[(num_programs,)](
             dy, dtotal, x, weight.contiguous(), mean if mean.numel() else None, rstd, dx, dweight,
             dbias if biased else None, dy.stride(0), 0 if dtotal is None else dtotal.stride(0), x.stride(0),
-            num_rows, num_columns, ROWS=rows, BLOCK=block, STAGES=max(1, launch.stages * 2 // x.element_size()),
+            num_rows, num_columns, ROWS=rows, BLOCK=block, STAGES=1 + launch.ahead * 2 // x.element_size(),
             num_warps=warps,
         )  # fmt: skip
     dbias = dbias.sum(0) if biased else dbias

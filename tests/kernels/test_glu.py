@@ -31,6 +31,8 @@ REFERENCES: dict[str, Gate] = {
 SHAPES = [(1, 1), (3, 7, 33), (2, 2500), (5, 1024)]  # many rows to a program, several programs to a row
 if not INTERPRETED:
     SHAPES += [(1000, 14336)]
+OFTEN = [(shape, torch.bfloat16) for shape in SHAPES] + [((3, 7, 33), dtype) for dtype in DTYPES[:2]]
+SELDOM = [(shape, dtype) for shape in SHAPES for dtype in DTYPES if (shape, dtype) not in OFTEN]
 
 
 class Case(NamedTuple):
@@ -60,8 +62,9 @@ def check(kind: str, case: Case, function: Gate | None = None) -> None:
         assert_close_to_truth(*results)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*OFTEN, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in SELDOM)]
+)
 @pytest.mark.parametrize("kind", KERNELS)
 def test_forward_and_gradients(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     check(kind, made(shape, dtype, device))
@@ -73,9 +76,8 @@ def test_far_from_zero(kind: str, device: str) -> None:
     check(kind, Case(gate, torch.full_like(gate, 1.5), torch.ones_like(gate)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_inputs(dtype: torch.dtype, device: str) -> None:
-    case = made((6, 40), dtype, device)
+def test_strided_inputs(device: str) -> None:
+    case = made((6, 40), torch.bfloat16, device)
     both = torch.cat((case.gate, case.up), dim=-1)  # one projection for both
     halves = Case(both[:, :40], both[:, 40:], case.dy.t().contiguous().t())
     assert not any(tensor.is_contiguous() for tensor in halves)
@@ -110,10 +112,9 @@ def test_registration(device: str) -> None:
     torch.library.opcheck(torch.ops.millrace.glu_bwd.default, (case.dy, case.gate, case.up, "gelu"))
 
 
-@pytest.mark.parametrize("kind", KERNELS)
-def test_compiled(kind: str, device: str) -> None:
-    compiled = torch.compile(KERNELS[kind], backend="aot_eager", fullgraph=True)
-    check(kind, made((2, 3, 24), torch.float32, device), compiled)
+def test_compiled(device: str) -> None:
+    compiled = torch.compile(KERNELS["silu"], backend="aot_eager", fullgraph=True)
+    check("silu", made((2, 3, 24), torch.float32, device), compiled)
 
 
 def test_any_width_runs_the_kernel(device: str) -> None:
