@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from flows.artifact import Artifact, Stage
 from flows.config import Config
 from flows.config.data import corpus_role
+from flows.config.model import Architecture
+from flows.config.steps import BASE, StepKind
 
 RunStage = Callable[[Stage], Artifact]
 
@@ -43,15 +45,16 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
     data = {"tokens": tokens, "tokenizer": tokenizer}
     baselines = run(Stage("baselines", "flows.data.baselines", config.data.weights or None, {**data, **corpora}))
 
-    models = {"base": run(Stage("base", "flows.training.stage", config.base_run(), data))}
-    if config.distill.enabled:
-        teacher = {"teacher": models["base"]}
-        models["student"] = run(Stage("student", "flows.training.stage", config.student_run(), {**data, **teacher}))
-    for source in config.quantized_sources:
-        made_from = {"model": models[source]}
-        models[f"{source}_int8"] = run(
-            Stage(f"{source}_int8", "flows.compression.quantize", config.quantize, made_from)
-        )
+    runs = config.training_runs()
+    models = {BASE: run(Stage(BASE, "flows.training.stage", runs[BASE], data))}
+    for name, step in config.steps.items():
+        source = models[step.source]
+        match step.kind:
+            case StepKind.distill:
+                models[name] = run(Stage(name, "flows.training.stage", runs[name], {**data, "teacher": source}))
+            case StepKind.quantize:
+                settings = config.step_settings(name)
+                models[name] = run(Stage(name, "flows.compression.quantize", settings, {"model": source}))
 
     programs = {
         name: run(Stage(f"{name}_program", "flows.export.program", None, {"model": model}))
@@ -74,7 +77,11 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
     chosen = gates.metrics["chosen"]
     if chosen is None:
         return ChainResult(gates, run(Stage("report", "flows.report.stage", config, everything)))
-    entry = run(Stage("entry", "flows.serving.entry", config.entry(), {"program": programs[chosen]}))
+    made_from = {"program": programs[chosen]}
+    if config.model.architecture == Architecture.decoder:
+        generation = run(Stage("generation", "flows.export.generation", None, {"model": models[chosen]}))
+        made_from["generation"] = generation
+    entry = run(Stage("entry", "flows.serving.entry", config.entry(), made_from))
     proof = {**data, "entry": entry, "model": models[chosen], "program": programs[chosen]}
     passport = run(Stage("passport", "flows.serving.verify", config.passport(), proof))
     release = {"entry": entry, "passport": passport, "gates": gates}

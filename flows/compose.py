@@ -17,9 +17,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_omega_conf_dumper  # --cfg job writes paths through it
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
 
-from flows.config import Config, ConfigError, RunError
+from flows.config import Config, ConfigError, RunError, from_plain
 from flows.config.reference import field_references, render_help
 from flows.launcher import EXIT_PREEMPTED, Preempted
 
@@ -36,6 +35,7 @@ def run_cli(verb: Callable[[Config], None], doc: str) -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(render_help(doc, CONF_DIR))
         return
+    sys.argv[1:] = sorted(sys.argv[1:], key=_is_override)  # argparse wants them together; words may come in any order
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the exception instead of printing half of it
     _register_schema()
 
@@ -46,6 +46,10 @@ def run_cli(verb: Callable[[Config], None], doc: str) -> None:
 
     with _spoken_errors():
         job()
+
+
+def _is_override(word: str) -> bool:
+    return not word.startswith("-") and ("=" in word or word.startswith("~"))
 
 
 @contextmanager
@@ -106,14 +110,7 @@ def _nearest_settings(name: str) -> str:
 
 
 def _to_config(composed: DictConfig) -> Config:
-    try:
-        return TypeAdapter(Config).validate_python(OmegaConf.to_container(composed, resolve=True))
-    except ValidationError as error:
-        first = error.errors()[0]
-        if isinstance(refusal := first.get("ctx", {}).get("error"), ConfigError):
-            raise refusal from None
-        field = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{field}={first['input']}: {first['msg']}. See --help for its type and meaning.") from None
+    return from_plain(Config, OmegaConf.to_container(composed, resolve=True))
 
 
 def _register_schema() -> None:

@@ -34,7 +34,7 @@ from flows.launcher import launch_ranks
 
 MODEL = "+experiment=smoke"
 RUN = [
-    "distill=none",
+    "steps=int8",
     "train.max_steps=60",
     "train.warmup_steps=5",
     "train.checkpoint_interval_steps=5",
@@ -185,7 +185,7 @@ def _damage(words: list[str], directory: Path) -> Row:
 
     fault = f"{CUTS} cuts, {FLIPS} flipped bits, missing files, in a checkpoint that was complete"
     directory.mkdir()
-    job = DamageJob(run=compose_config(words).base_run(), directory=directory)
+    job = DamageJob(run=compose_config(words).training_runs()["base"], directory=directory)
     (directory / "run.json").write_text(to_json(job))
     launch_ranks("flows.training.damage_drill", directory / "run.json", job.run.launcher, directory / "logs")
     outcomes: dict[str, str] = json.loads((directory / "outcomes.json").read_text())

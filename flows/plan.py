@@ -28,11 +28,10 @@ def plan(config: Config) -> None:
     """Prints the plan of each model that the run trains."""
     hardware = find_hardware(config.plan.hardware, config.engine.device)
     vocab_size, train_tokens = _data(config)
-    base = make_plan(config.base_run(), vocab_size, hardware, config.plan, train_tokens=train_tokens)
-    print(render_plan("base", base))
-    if config.distill.enabled:
-        student = make_plan(config.student_run(), vocab_size, hardware, config.plan, config.model, train_tokens)
-        print(render_plan("student", student))
+    runs = config.training_runs()
+    for name, run in runs.items():
+        teacher = runs[config.steps[name].source].model if name in config.steps else None
+        print(render_plan(name, make_plan(run, vocab_size, hardware, config.plan, teacher, train_tokens)))
     if train_tokens is None:
         print("The data has not been encoded yet: epochs are not known, and the vocabulary is the one asked for.")
 

@@ -23,8 +23,7 @@ def check(config: Config) -> None:
     if config.data.tokenizer.directory is not None:
         check_tokenizer(config.data.tokenizer.directory)
     check_trackers(config.tracking)
-    runs = [config.base_run()] + ([config.student_run()] if config.distill.enabled else [])
-    for run in runs:
+    for run in config.training_runs().values():
         deepspeed_config(run)
         _check_weights(run)
         _check_device(run)

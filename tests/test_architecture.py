@@ -26,7 +26,7 @@ ORDER = [
 ]
 ONLY_THE_DOOR_KNOWS_HYDRA = {"flows/compose.py"}
 SOURCES = sorted([*ROOT.glob("flows/**/*.py"), *ROOT.glob("kernels/**/*.py")])
-SHIPPED = ROOT / "flows" / "serving" / "models"
+SHIPPED = ROOT / "flows" / "export" / "shipped"
 BANNED_NAMES = {"utils", "helpers", "common", "base", "manager", "triton", "prefect", "hydra", "torch"}
 
 

@@ -87,7 +87,7 @@ def quantize_(model: nn.Module, config: QuantizeConfig) -> QuantizeReport:
         "quantize.skip_modules",
         list(config.skip_modules),
         f"and quantize.min_sqnr_db={config.min_sqnr_db:g} leave none of {len(layers)} layers to quantize",
-        "Skip fewer layers, or set quantize.enabled=false.",
+        "Skip fewer layers, or leave the step out.",
     )
     return report
 

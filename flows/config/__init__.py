@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter
 
 from flows.config.checks import ConfigError, RunError, require
 from flows.config.compression import EvaluateConfig, GatingConfig, QualityConfig, QuantizeConfig
 from flows.config.data import DataConfig
 from flows.config.engine import EngineConfig
 from flows.config.hardware import PlanConfig
+from flows.config.json_form import flat_settings, from_json, from_plain, to_json, to_plain, with_settings
 from flows.config.launcher import LauncherConfig
 from flows.config.model import Architecture, ModelConfig
 from flows.config.serving import (
@@ -26,12 +22,11 @@ from flows.config.serving import (
     ServeConfig,
     VerifyConfig,
 )
+from flows.config.steps import BASE, StepConfig, StepKind, check_steps
 from flows.config.tracking import TrackingConfig
 from flows.config.training import DistillConfig, Objective, TrainConfig, TrainingRun
 
-__all__ = ["Config", "ConfigError", "RunError", "flat_settings", "from_json", "to_json", "to_plain"]
-
-Section = TypeVar("Section")
+__all__ = ["Config", "ConfigError", "RunError", "flat_settings", "from_json", "from_plain", "to_json", "to_plain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +46,8 @@ class Config:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    steps: dict[str, StepConfig] = field(default_factory=dict)
+    """Candidates besides the base model, by name, each made from one before it, e.g. {student: {distill: base}}."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -67,14 +64,7 @@ class Config:
             "must be usable as a directory name",
             "Set name=my_run.",
         )
-        for source in self.quantized_sources:
-            require(
-                source in self.trained_candidates,
-                "quantize.sources",
-                list(self.quantize.sources),
-                f"names {source!r}, which this run does not train; it trains {self.trained_candidates}",
-                "Set quantize.sources=[base].",
-            )
+        check_steps(self.steps)
         require(
             self.publish.candidate in (AUTO_CANDIDATE, *self.candidates),
             "publish.candidate",
@@ -83,14 +73,13 @@ class Config:
             f"Set publish.candidate={AUTO_CANDIDATE}, or one of them.",
         )
         if self.model.architecture == Architecture.transformers:
-            for section, setting in {"distill": self.distill.enabled, "quantize": self.quantize.enabled}.items():
-                require(
-                    not setting,
-                    f"{section}.enabled",
-                    setting,
-                    f"cannot be combined with model.architecture={self.model.architecture}: it knows our decoder only",
-                    f"Set {section}=none.",
-                )
+            require(
+                not self.steps,
+                "steps",
+                list(self.steps),
+                f"cannot be combined with model.architecture={self.model.architecture}: they know our decoder only",
+                "Set steps=none.",
+            )
             require(
                 not self.data.document_masks,
                 "data.document_masks",
@@ -122,39 +111,37 @@ class Config:
             f"must not exceed data.sequence_length={self.data.sequence_length}",
             f"Set evaluate.latency.tokens={self.data.sequence_length}.",
         )
-        self.base_run()
-        if self.distill.enabled:
-            self.student_run()
+        self.training_runs()
+        for name in self.steps:
+            self.step_settings(name)
         self.passport()
-
-    @property
-    def trained_candidates(self) -> list[str]:
-        """Names of the models that are trained."""
-        return ["base", "student"] if self.distill.enabled else ["base"]
-
-    @property
-    def quantized_sources(self) -> list[str]:
-        """Names of the models that are quantized."""
-        return list(self.quantize.sources or self.trained_candidates) if self.quantize.enabled else []
 
     @property
     def candidates(self) -> list[str]:
         """Names of all models that the run makes, in the order in which it makes them."""
-        return self.trained_candidates + [f"{source}_int8" for source in self.quantized_sources]
+        return [BASE, *self.steps]
 
-    def base_run(self) -> TrainingRun:
-        """Training of the base model, which is the student's teacher."""
-        return self._training_run(Objective.cross_entropy, self.model, self.train)
+    @property
+    def trained_candidates(self) -> list[str]:
+        """Names of the models that are trained."""
+        return [BASE, *(name for name, step in self.steps.items() if step.kind == StepKind.distill)]
 
-    def student_run(self) -> TrainingRun:
-        """Distillation of the student."""
-        return self._training_run(
-            Objective.distillation,
-            self.distill.student,
-            self.distill.train,
-            self.distill.temperature,
-            self.distill.alpha,
-        )
+    def step_settings(self, name: str) -> DistillConfig | QuantizeConfig:
+        """The section that a step uses, with the step's own settings."""
+        step = self.steps[name]
+        section: DistillConfig | QuantizeConfig = getattr(self, step.kind)
+        return with_settings(section, step.settings, f"steps.{name}.settings") if step.settings else section
+
+    def training_runs(self) -> dict[str, TrainingRun]:
+        """Training of the base model, and of each student, by candidate."""
+        runs = {BASE: self._training_run(Objective.cross_entropy, self.model, self.train)}
+        for name in self.trained_candidates[1:]:
+            distill = self.step_settings(name)
+            assert isinstance(distill, DistillConfig)
+            runs[name] = self._training_run(
+                Objective.distillation, distill.student, distill.train, distill.temperature, distill.alpha
+            )
+        return runs
 
     def quality(self) -> QualityConfig:
         """Measurement of each candidate on the test split."""
@@ -167,7 +154,7 @@ class Config:
 
     def gating(self) -> GatingConfig:
         """Choice among the candidates."""
-        return GatingConfig(gates=self.evaluate.gates, candidate=self.publish.candidate)
+        return GatingConfig(steps=self.steps, gates=self.evaluate.gates, candidate=self.publish.candidate)
 
     def entry(self) -> EntryConfig:
         """Model repository entry of the chosen candidate."""
@@ -205,35 +192,3 @@ class Config:
             document_masks=self.data.document_masks,
             mixture=self.data.weights,
         )
-
-
-def to_plain(section: Any) -> Any:
-    """The section as JSON-ready values (dict, list, str, number, None)."""
-    return TypeAdapter(type(section)).dump_python(section, mode="json")
-
-
-def flat_settings(section: Any) -> dict[str, Any]:
-    """The section as dotted names and JSON-ready values."""
-
-    def walk(plain: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in plain.items():
-            if isinstance(value, dict) and value:
-                yield from walk(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", value
-
-    return dict(walk(to_plain(section), ""))
-
-
-def to_json(section: Any) -> str:
-    """The section as indented JSON, keys in the order of the schema."""
-    return json.dumps(to_plain(section), indent=2) + "\n"
-
-
-def from_json(section_type: type[Section], text: str) -> Section:
-    """The section that `to_json` wrote; every check runs again.
-
-    Raises:
-        pydantic.ValidationError: A field is missing, unknown or of the wrong type.
-    """
-    return TypeAdapter(section_type).validate_json(text)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flows.config.checks import require, require_positive
+from flows.config.steps import StepConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
     """INT8 weights per output channel, INT8 activations per token, INT32 sums."""
 
-    enabled: bool = True
-    sources: tuple[str, ...] = ()
-    """Trained candidates to quantize, e.g. [student]; empty = every one."""
     skip_modules: tuple[str, ...] = ()
     """Glob patterns of module names that stay in floating point, e.g. `*.down_proj`."""
     min_sqnr_db: float = 25.0
@@ -104,6 +102,8 @@ class QualityConfig:
 class GatingConfig:
     """What the choice among the candidates depends on, besides their measurements."""
 
+    steps: dict[str, StepConfig]
+    """How each candidate but the base model was made."""
     gates: GatesConfig
     candidate: str
     """Which one the user wants: `auto` or a name."""

@@ -24,10 +24,30 @@ class ExportConfig:
     threads: int = 0
     """Threads of each instance; 0 = the runtime's choice."""
     max_new_tokens: int = 256
-    """Most tokens that one text request may ask for."""
+    """Most tokens that one text request may ask for; never more than data.sequence_length."""
+    max_running: int = 16
+    """Texts that are generated at the same time; each step computes one token of every one."""
+    max_waiting: int = 256
+    """Texts that may wait for their turn; more are refused."""
+    prefill_tokens: int = 256
+    """Prompt tokens computed in one step, so that long prompts do not hold up the texts that run."""
+    cache_mb: int = 256
+    """Megabytes (10^6 bytes) for keys and values of all running texts; each reserves all that it may need."""
 
     def __post_init__(self) -> None:
-        require_positive("export", self, ["max_batch_size", "instances", "max_new_tokens"])
+        require_positive(
+            "export",
+            self,
+            [
+                "max_batch_size",
+                "instances",
+                "max_new_tokens",
+                "max_running",
+                "max_waiting",
+                "prefill_tokens",
+                "cache_mb",
+            ],
+        )
         require(
             self.max_queue_delay_us >= 0,
             "export.max_queue_delay_us",

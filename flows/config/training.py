@@ -126,7 +126,6 @@ class TrainConfig:
 class DistillConfig:
     """A smaller student learns from the trained model's logits (arXiv:1503.02531)."""
 
-    enabled: bool = True
     student: ModelConfig = field(
         default_factory=lambda: ModelConfig(
             hidden_size=128, intermediate_size=344, num_attention_heads=4, num_key_value_heads=2

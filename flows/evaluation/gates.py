@@ -11,9 +11,8 @@ from typing import Any
 from flows.artifact import Artifact, write_json_atomically
 from flows.config.compression import GatesConfig, GatingConfig
 from flows.config.serving import AUTO_CANDIDATE
+from flows.config.steps import BASE, StepConfig, StepKind
 
-BASE = "base"
-QUANTIZED_SUFFIX = "_int8"
 QUALITY, PROGRAM = "quality:", "program:"
 """What the roles of a candidate's measurements start with; its name follows."""
 
@@ -25,6 +24,8 @@ class Row:
     name: str
     source: str | None
     """What it was made from; None for the base model."""
+    kind: StepKind | None
+    """How; None for the base model."""
     loss: float
     """Nats per test token."""
     bits_per_byte: float
@@ -59,18 +60,11 @@ def build(directory: Path, config: GatingConfig, parents: Mapping[str, Artifact]
         `candidates` (the rows, in the order of `parents`), `chosen` (a name or None) and `choice`, a sentence on why.
     """
     unigram = parents["baselines"].metrics["unigram_bits_per_byte"]
-    rows = judge(_measured(parents), config.gates, unigram)
+    rows = judge(_measured(parents, config.steps), config.gates, unigram)
     chosen, choice = choose(rows, config.candidate)
     metrics = {"candidates": [asdict(row) for row in rows], "chosen": chosen, "choice": choice}
     write_json_atomically(directory / "gates.json", metrics)
     return metrics
-
-
-def source_of(name: str) -> str | None:
-    """The candidate that a candidate was made from; None for the base model."""
-    if name == BASE:
-        return None
-    return name.removesuffix(QUANTIZED_SUFFIX) if name.endswith(QUANTIZED_SUFFIX) else BASE
 
 
 def judge(rows: list[Row], gates: GatesConfig, unigram_bits_per_byte: float) -> list[Row]:
@@ -118,7 +112,7 @@ def choose(rows: list[Row], wanted: str) -> tuple[str | None, str]:
     return None, f"publish.candidate={wanted} failed the gates: {', '.join(row.reasons)}"
 
 
-def _measured(parents: Mapping[str, Artifact]) -> list[Row]:
+def _measured(parents: Mapping[str, Artifact], steps: Mapping[str, StepConfig]) -> list[Row]:
     rows = []
     for name in (role.removeprefix(QUALITY) for role in parents if role.startswith(QUALITY)):
         quality = parents[f"{QUALITY}{name}"].metrics
@@ -127,7 +121,8 @@ def _measured(parents: Mapping[str, Artifact]) -> list[Row]:
         rows.append(
             Row(
                 name=name,
-                source=source_of(name),
+                source=steps[name].source if name in steps else None,
+                kind=steps[name].kind if name in steps else None,
                 loss=quality["loss"],
                 bits_per_byte=quality["bits_per_byte"],
                 perplexity=quality["perplexity"],
@@ -159,7 +154,7 @@ def _failures(row: Row, by_name: Mapping[str, Row], gates: GatesConfig, unigram:
             )
 
     yield from above("test loss", row.loss, base, base.loss, gates.max_loss_ratio, "max_loss_ratio")
-    if row.name.endswith(QUANTIZED_SUFFIX):
+    if row.kind == StepKind.quantize:
         yield from above(
             "test loss", row.loss, source, source.loss, gates.max_quantized_loss_ratio, "max_quantized_loss_ratio"
         )

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flows.export.runtime import Program, ProgramError
+from flows.export.runtime import ProgramError
 
 NOISE_FACTOR = 4.0
 """Two float32 programs may each be off by the noise, and the largest of few samples understates it."""
@@ -23,6 +26,13 @@ SHAPES = ((1, 1), (2, 17), (3, 5), (8, 64))
 """Batch sizes and lengths compared."""
 
 
+class Scoring(Protocol):
+    """What is compared with the candidate."""
+
+    def next_token_scores(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Scores [batch, vocab]."""
+
+
 @dataclass(frozen=True)
 class Parity:
     """What a comparison found."""
@@ -34,7 +44,7 @@ class Parity:
 
 
 @torch.no_grad()
-def compare(scores: nn.Module, program: Program, vocab_size: int) -> Parity:
+def compare(scores: nn.Module, program: Scoring, vocab_size: int) -> Parity:
     """Runs both on random ids of several shapes, rows padded left and right by different amounts.
 
     The noise is the largest difference between the candidate in float32 and in float64. In an INT8 model rounding
@@ -72,8 +82,8 @@ def compare(scores: nn.Module, program: Program, vocab_size: int) -> Parity:
             raise ProgramError(
                 f"the exported program differs from the model by {difference:.3g}; {allowed:.3g} is allowed, "
                 f"{NOISE_FACTOR:g} x the model's own float32 noise. For an INT8 model on a CPU without VNNI, whose "
-                "integer products saturate, set quantize.enabled=false; otherwise check the versions of torch and "
-                "onnxruntime."
+                "integer products saturate, leave out the quantize steps (steps=distill); otherwise check the "
+                "versions of torch and onnxruntime."
             )
     return Parity(most, tolerance)
 

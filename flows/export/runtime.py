@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flows.config import RunError
-from flows.export.onnx_session import open_session
+from flows.export.shipped.onnx_session import open_session
 
 PROGRAM = "model.onnx"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 from flows.artifact import Artifact
 from flows.config import Config, to_plain
-from flows.evaluation.gates import source_of
+from flows.config.steps import StepKind
+from flows.config.training import Objective, TrainingRun
 from flows.report import number_format, tables
 from flows.report.figures import SERIES, Curve, Point, curves, plane
 from flows.report.lineage import draw_lineage
@@ -50,13 +51,14 @@ def render(config: Config, parents: Mapping[str, Artifact]) -> str:
         metrics=metrics,
         rows=metrics["gates"]["candidates"],
         chosen=next((row for row in metrics["gates"]["candidates"] if row["name"] == metrics["gates"]["chosen"]), None),
-        series=_series(config.candidates),
+        series=_series(config),
         figures=_candidate_figures(config, metrics) | _training_figures(config, metrics),
         plans={name: tables.plan_rows(metrics[name]) for name in config.trained_candidates},
+        objectives={name: _objective(run) for name, run in config.training_runs().items()},
         layers={
             name: tables.layer_grids(metrics[name]["layers"], config.quantize.min_sqnr_db)
-            for name in config.candidates
-            if name not in config.trained_candidates
+            for name, step in config.steps.items()
+            if step.kind == StepKind.quantize
         },
         passport=passport,
         parity=tables.parity_grid(passport["rows"]) if passport else None,
@@ -70,16 +72,26 @@ def render(config: Config, parents: Mapping[str, Artifact]) -> str:
     )
 
 
-def _series(candidates: Sequence[str]) -> dict[str, int]:
+def _objective(run: TrainingRun) -> str:
+    if run.objective == Objective.cross_entropy:
+        return "cross-entropy"
+    return f"distillation, T = {run.temperature:g}, α = {run.alpha:g}"  # noqa: RUF001
+
+
+def _series(config: Config) -> dict[str, int]:
     """The colour of each candidate: that of the trained model it comes from."""
-    trained = [name for name in candidates if source_of(name) in (None, "base") and not name.endswith("_int8")]
-    origin = {name: name if name in trained else source_of(name) for name in candidates}
-    return {name: trained.index(str(origin[name])) % len(SERIES) for name in candidates}
+    series: dict[str, int] = {}
+    for name in config.candidates:
+        if name in config.trained_candidates:
+            series[name] = config.trained_candidates.index(name) % len(SERIES)
+        else:
+            series[name] = series[config.steps[name].source]
+    return series
 
 
 def _candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, Markup]:
     rows = [row for row in metrics["gates"]["candidates"] if math.isfinite(row["bits_per_byte"])]
-    series = _series(config.candidates)
+    series = _series(config)
     baselines = {
         "unigram": metrics["baselines"]["unigram_bits_per_byte"],
         "xz -9": metrics["baselines"]["xz_bits_per_byte"],
@@ -93,7 +105,7 @@ def _candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, 
                 x=row[measure] / divisor,
                 y=row["bits_per_byte"],
                 series=series[row["name"]],
-                quantized=row["name"] not in config.trained_candidates,
+                quantized=row["kind"] == StepKind.quantize,
                 passed=row["passed"],
                 chosen=row["name"] == metrics["gates"]["chosen"],
             )
@@ -108,7 +120,7 @@ def _candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, 
 
 
 def _training_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, Markup]:
-    series = _series(config.candidates)
+    series = _series(config)
 
     def over_steps(kinds: Mapping[str, bool], y_label: str, size: tuple[float, float]) -> Markup:
         lines = []

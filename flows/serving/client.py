@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +19,17 @@ import tritonclient.http
 from numpy.typing import NDArray
 
 TIMEOUT_S = 120.0
-TYPES = {"max_tokens": np.int32, "temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.int64}
+TYPES = {
+    "max_tokens": np.int32,
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "repetition_penalty": np.float32,
+    "seed": np.int64,
+    "timeout_ms": np.int32,
+}
+COMPLETION = ("text_output", "finish_reason", "prompt_tokens", "completion_tokens")
+"""Outputs of the text model, in the order of `Completion`."""
 
 
 class Transport(StrEnum):
@@ -28,13 +41,14 @@ class Transport(StrEnum):
 
 @dataclass(frozen=True)
 class Completion:
-    """What the text model answers."""
+    """What the text model answers, or a piece of it."""
 
     text: str
     finish_reason: str
-    """`stop`: end of text or a stop string; `length`: as many tokens as asked for."""
+    """`stop`: end of text or a stop string; `length`: as many tokens as asked for; empty: there is more to come."""
     prompt_tokens: int
     completion_tokens: int
+    """So far."""
 
 
 class Client:
@@ -47,6 +61,7 @@ class Client:
 
     def __init__(self, transport: Transport, address: str) -> None:
         self.transport = transport
+        self._address = address
         self._grpc = transport is Transport.grpc
         self._module = tritonclient.grpc if self._grpc else tritonclient.http
         timeouts = {} if self._grpc else {"connection_timeout": TIMEOUT_S, "network_timeout": TIMEOUT_S}
@@ -94,22 +109,80 @@ class Client:
             text: Prompt.
             version: Empty = the newest.
             stop: The continuation ends before the first of these.
-            options: Any of max_tokens, temperature, top_k, top_p, seed.
+            options: Any of max_tokens, temperature, top_k, top_p, repetition_penalty, seed, timeout_ms.
 
         Raises:
             tritonclient.utils.InferenceServerException: The server refuses the request.
         """
-        inputs: dict[str, NDArray[Any]] = {"text_input": np.array([[text.encode()]], dtype=np.object_)}
-        inputs |= {name: np.array([[value]], dtype=TYPES[name]) for name, value in (options or {}).items()}
+        pieces = list(self.stream(model, text, version=version, stop=stop, options=options, stream=False))
+        return pieces[-1]
+
+    def stream(
+        self,
+        model: str,
+        text: str,
+        *,
+        version: str = "",
+        stop: Sequence[str] = (),
+        options: Mapping[str, float] | None = None,
+        stream: bool = True,
+    ) -> Iterator[Completion]:
+        """The model's continuation of a text, piece by piece as it grows; arguments as for `generate`.
+
+        Whoever stops iterating closes the connection, which cancels the request.
+
+        Raises:
+            tritonclient.utils.InferenceServerException: The server refuses the request.
+        """
+        if self._grpc:
+            yield from self._stream_grpc(model, text, version, stop, options or {}, stream)
+        else:
+            yield from self._stream_http(model, text, version, stop, options or {}, stream)
+
+    def _stream_http(
+        self, model: str, text: str, version: str, stop: Sequence[str], options: Mapping[str, float], stream: bool
+    ) -> Iterator[Completion]:
+        """Through the server's `generate` endpoints: models that answer when they like take no plain HTTP inference."""
+        path = f"/v2/models/{model}{f'/versions/{version}' if version else ''}/generate{'_stream' if stream else ''}"
+        body: dict[str, Any] = {"text_input": text, "stream": stream, **options}
         if stop:
-            inputs["stop"] = np.array([[one.encode() for one in stop]], dtype=np.object_)
-        result = self._infer(model, version, inputs)
-        return Completion(
-            text=result.as_numpy("text_output")[0, 0].decode(),
-            finish_reason=result.as_numpy("finish_reason")[0, 0].decode(),
-            prompt_tokens=int(result.as_numpy("prompt_tokens")[0, 0]),
-            completion_tokens=int(result.as_numpy("completion_tokens")[0, 0]),
-        )
+            body["stop"] = list(stop)
+        connection = http.client.HTTPConnection(self._address, timeout=TIMEOUT_S)
+        try:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            for line in response:
+                answer = json.loads(line.removeprefix(b"data: ")) if line.strip() else None
+                if answer is not None and "error" in answer:
+                    raise tritonclient.utils.InferenceServerException(answer["error"], status=str(response.status))
+                if answer is not None:
+                    yield Completion(*(answer[name] for name in COMPLETION))
+        finally:
+            connection.close()
+
+    def _stream_grpc(
+        self, model: str, text: str, version: str, stop: Sequence[str], options: Mapping[str, float], stream: bool
+    ) -> Iterator[Completion]:
+        inputs: dict[str, NDArray[Any]] = {"text_input": np.array([text.encode()], dtype=np.object_)}
+        inputs |= {name: np.array([value], dtype=TYPES[name]) for name, value in options.items()}
+        inputs["stream"] = np.array([stream])
+        if stop:
+            inputs["stop"] = np.array([one.encode() for one in stop], dtype=np.object_)
+        answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+        self._client.start_stream(lambda result, error: answers.put((result, error)))
+        try:
+            self._client.async_stream_infer(model, self._tensors(inputs), model_version=version)
+            while True:
+                result, error = answers.get(timeout=TIMEOUT_S)
+                if error is not None:
+                    raise error
+                strings = [result.as_numpy(name)[0].decode() for name in COMPLETION[:2]]
+                completion = Completion(*strings, *(int(result.as_numpy(name)[0]) for name in COMPLETION[2:]))
+                yield completion
+                if completion.finish_reason:
+                    return
+        finally:
+            self._client.stop_stream(cancel_requests=True)
 
     def executed_batches(self, model: str) -> Counter[int]:
         """How many batches of each size the server has run so far."""
@@ -127,11 +200,14 @@ class Client:
         return str(metadata.version if self._grpc else metadata["version"])
 
     def _infer(self, model: str, version: str, inputs: dict[str, NDArray[Any]]) -> Any:
+        timeout = {"client_timeout": TIMEOUT_S} if self._grpc else {}
+        return self._client.infer(model, self._tensors(inputs), model_version=version, **timeout)
+
+    def _tensors(self, inputs: Mapping[str, NDArray[Any]]) -> list[Any]:
         tensors = []
         for name, values in inputs.items():
             datatype = tritonclient.utils.np_to_triton_dtype(values.dtype)
             tensor = self._module.InferInput(name, list(values.shape), datatype)
             tensor.set_data_from_numpy(values)
             tensors.append(tensor)
-        timeout = {"client_timeout": TIMEOUT_S} if self._grpc else {}
-        return self._client.infer(model, tensors, model_version=version, **timeout)
+        return tensors

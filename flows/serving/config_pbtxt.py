@@ -46,14 +46,20 @@ TEXT_INPUTS = (
     Tensor("temperature", "TYPE_FP32", (1,), optional=True),
     Tensor("top_k", "TYPE_INT32", (1,), optional=True),
     Tensor("top_p", "TYPE_FP32", (1,), optional=True),
+    Tensor("repetition_penalty", "TYPE_FP32", (1,), optional=True),
     Tensor("seed", "TYPE_INT64", (1,), optional=True),
     Tensor("stop", "TYPE_STRING", (-1,), optional=True),
+    Tensor("timeout_ms", "TYPE_INT32", (1,), optional=True),
+    Tensor("stream", "TYPE_BOOL", (1,), optional=True),
+    Tensor("log_probabilities", "TYPE_BOOL", (1,), optional=True),
 )
 TEXT_OUTPUTS = (
     Tensor("text_output", "TYPE_STRING", (1,)),
     Tensor("finish_reason", "TYPE_STRING", (1,)),
     Tensor("prompt_tokens", "TYPE_INT32", (1,)),
     Tensor("completion_tokens", "TYPE_INT32", (1,)),
+    Tensor("token_ids", "TYPE_INT64", (-1,)),
+    Tensor("log_probabilities", "TYPE_FP32", (-1,)),
 )
 
 
@@ -109,56 +115,41 @@ def scores_config(
         }
         for size in sorted({1, config.export.max_batch_size})
     ]
-    output_configs = [tensor.as_config() for tensor in outputs]
-    name, any_kind = config.model_name, not embedded
-    return _model_config(config, name, backend, input_configs, output_configs, warmup, any_kind=any_kind)
+    return _message(
+        {
+            "name": config.model_name,
+            **backend,
+            "maxBatchSize": config.export.max_batch_size,
+            "input": input_configs,
+            "output": [tensor.as_config() for tensor in outputs],
+            "versionPolicy": {"latest": {"numVersions": config.keep_versions}},
+            "dynamicBatching": {"maxQueueDelayMicroseconds": config.export.max_queue_delay_us},
+            "instanceGroup": [{"count": config.export.instances, **({"kind": "KIND_CPU"} if embedded else {})}],
+            "modelWarmup": warmup,
+        }
+    )
 
 
 def text_config(config: EntryConfig) -> ModelConfig:
-    """How the text model is served: by the python backend, on the CPU, on every server."""
-    warmup = [
-        {
-            "name": "empty",
-            "batchSize": 1,
-            "count": 1,
-            "inputs": {  # no new tokens: the scores model may not be there yet
-                "text_input": {"dataType": "TYPE_STRING", "dims": [1], "zeroData": True},
-                "max_tokens": {"dataType": "TYPE_INT32", "dims": [1], "zeroData": True},
-            },
-        }
-    ]
-    inputs = [tensor.as_config(allowRaggedBatch=True) for tensor in TEXT_INPUTS]
-    outputs = [tensor.as_config() for tensor in TEXT_OUTPUTS]
-    return _model_config(
-        config, f"{config.model_name}_text", {"backend": "python"}, inputs, outputs, warmup, any_kind=False
-    )
+    """How the text model is served: by the python backend, on the CPU, on every server.
 
-
-def _model_config(
-    config: EntryConfig,
-    name: str,
-    backend: Mapping[str, Any],
-    inputs: Sequence[Mapping[str, Any]],
-    outputs: Sequence[Mapping[str, Any]],
-    warmup: Sequence[Mapping[str, Any]],
-    *,
-    any_kind: bool,
-) -> ModelConfig:
-    kind = {} if any_kind else {"kind": "KIND_CPU"}
-    return json_format.ParseDict(
+    It batches by itself, token by token, and answers when it likes (decoupled).
+    """
+    return _message(
         {
-            "name": name,
-            **backend,
-            "maxBatchSize": config.export.max_batch_size,
-            "input": inputs,
-            "output": outputs,
+            "name": f"{config.model_name}_text",
+            "backend": "python",
+            "input": [tensor.as_config() for tensor in TEXT_INPUTS],
+            "output": [tensor.as_config() for tensor in TEXT_OUTPUTS],
             "versionPolicy": {"latest": {"numVersions": config.keep_versions}},
-            "dynamicBatching": {"maxQueueDelayMicroseconds": config.export.max_queue_delay_us},
-            "instanceGroup": [{"count": config.export.instances, **kind}],
-            "modelWarmup": warmup,
-        },
-        ModelConfig(),
+            "modelTransactionPolicy": {"decoupled": True},
+            "instanceGroup": [{"count": config.export.instances, "kind": "KIND_CPU"}],
+        }
     )
+
+
+def _message(settings: Mapping[str, Any]) -> ModelConfig:
+    return json_format.ParseDict(settings, ModelConfig())
 
 
 def to_text(config: ModelConfig) -> str:

@@ -8,34 +8,47 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from flows.artifact import Artifact, digest_file, digest_json, write_json_atomically
+from flows.config.checks import require
 from flows.config.serving import EntryConfig
 from flows.data.tokenizer import end_of_text
+from flows.export.generation import GENERATION, PAGE_TOKENS
+from flows.export.runtime import PROGRAM
 
 REPOSITORY = "repo"
 STAGED_VERSION = "1"
 FILES = "files.json"
-MODEL_SOURCES = Path(__file__).parent / "models"
-SESSION_SOURCE = Path(__file__).parents[1] / "export" / "onnx_session.py"
+SHIPPED = Path(__file__).parents[1] / "export" / "shipped"
+SCORES_SOURCES = ("digests.py", "onnx_session.py")
+TEXT_SOURCES = (*SCORES_SOURCES, "continuous_batching.py", "pages.py", "sampling.py", "text_programs.py")
 LIBRARY = "tokenizers.abi3.so"
 
 
 def fingerprint(config: EntryConfig) -> str:
     """Digest of what is copied into every version from outside the store: model sources and the tokenizer library."""
-    sources = {path.name: digest_file(path) for path in (*MODEL_SOURCES.glob("*.py"), SESSION_SOURCE)}
+    sources = {path.name: digest_file(path) for path in SHIPPED.glob("*.py")}
     return digest_json({**sources, LIBRARY: digest_file(tokenizer_library())})
 
 
 def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
-    """Writes the repository entry of `parents["program"]`.
+    """Writes the repository entry of a candidate.
+
+    Args:
+        directory: Where it goes.
+        config: Name and limits.
+        parents: `program`, and `generation` where there is one; else texts are computed from their beginning.
 
     Raises:
+        ConfigError: The memory for keys and values does not hold one text.
         ProgramError: The program's graph has other inputs or outputs than the served models need.
     """
     from flows.serving import config_pbtxt
@@ -48,8 +61,7 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
     version = scores / STAGED_VERSION
     version.mkdir(parents=True)
     shutil.copy(program / "model.onnx", version)
-    _copy_sources(version, {"scores.py": "model.py", "digests.py": "digests.py"})
-    shutil.copyfile(SESSION_SOURCE, version / SESSION_SOURCE.name)
+    _copy_sources(version, "scores.py", SCORES_SOURCES)
     settings = {"sequence_length": config.sequence_length, "threads": config.export.threads}
     _seal(version, settings)
     (scores / "configs").mkdir()
@@ -64,12 +76,24 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
     version.mkdir(parents=True)
     shutil.copy(program / "tokenizer.json", version)
     shutil.copy(tokenizer_library(), version / LIBRARY)
-    _copy_sources(version, {"text.py": "model.py", "sampling.py": "sampling.py", "digests.py": "digests.py"})
+    _copy_sources(version, "text.py", TEXT_SOURCES)
+    if "generation" in parents:
+        shutil.copy(parents["generation"].path / GENERATION, version)
+        _check_cache(version / GENERATION, config)
+    else:
+        shutil.copy(program / PROGRAM, version)
+    export, longest = config.export, min(config.export.max_new_tokens, config.sequence_length)
     text_settings = {
         "sequence_length": config.sequence_length,
-        "max_new_tokens": config.export.max_new_tokens,
+        "max_new_tokens": longest,
         "end_of_text": end_of_text(program),
-        "default_max_tokens": min(config.export.max_new_tokens, max(1, config.sequence_length // 4)),
+        "default_max_tokens": min(longest, max(1, config.sequence_length // 4)),
+        "threads": export.threads,
+        "cache_bytes": export.cache_mb * 10**6,
+        # computing half a prompt saves nothing where the whole is computed again
+        "prefill_tokens": export.prefill_tokens if "generation" in parents else config.sequence_length,
+        "max_running": export.max_running,
+        "max_waiting": export.max_waiting,
     }
     _seal(version, text_settings | {"platform": platform.machine()})
     (text / "config.pbtxt").write_text(config_pbtxt.to_text(config_pbtxt.text_config(config)))
@@ -103,9 +127,23 @@ def tokenizer_library() -> Path:
     return Path(str(importlib.metadata.distribution("tokenizers").locate_file(f"tokenizers/{LIBRARY}")))
 
 
-def _copy_sources(version: Path, names: Mapping[str, str]) -> None:
-    for source, target in names.items():
-        shutil.copyfile(MODEL_SOURCES / source, version / target)
+def _copy_sources(version: Path, model: str, others: Sequence[str]) -> None:
+    shutil.copyfile(SHIPPED / model, version / "model.py")
+    for name in others:
+        shutil.copyfile(SHIPPED / name, version / name)
+
+
+def _check_cache(generation: Path, config: EntryConfig) -> None:
+    pages = [one for one in onnx.load(generation, load_external_data=False).graph.input if "_pages_" in one.name]
+    token_bytes = sum(4 * math.prod(dim.dim_value for dim in one.type.tensor_type.shape.dim[2:]) for one in pages)
+    tokens = -(-config.sequence_length // PAGE_TOKENS) * PAGE_TOKENS
+    require(
+        config.export.cache_mb * 10**6 >= tokens * token_bytes,
+        "export.cache_mb",
+        config.export.cache_mb,
+        f"does not hold one text of {tokens} tokens x {token_bytes} bytes",
+        f"Set export.cache_mb={-(-8 * tokens * token_bytes // 10**6)} or more.",
+    )
 
 
 def _seal(version: Path, settings: Mapping[str, Any]) -> None:

@@ -108,6 +108,7 @@ def check_text(
                         step, failure = _explain(served, transport, prompt, checkpoint, new, leads, tolerance)
                         details |= {"differs_at_token": step, "reason": failure or "near tie"}
                     checks.append(Check("greedy text", failure is None, tolerance=tolerance, details=details))
+            checks.append(_check_stream(served, transport, prompts, new_tokens))
     checks.append(_check_seed(served, prompts[0], new_tokens))
     return checks
 
@@ -163,6 +164,19 @@ def _check_tokenizer(served: Served, checkpoint: Checkpoint, tolerance: float, r
 def _random_string(random: np.random.Generator) -> str:
     ranges = random.integers(0, len(UNICODE_RANGES), random.integers(1, FUZZ_CHARACTERS + 1))
     return "".join(chr(int(random.integers(*UNICODE_RANGES[number]))) for number in ranges)
+
+
+def _check_stream(served: Served, transport: Transport, prompts: Sequence[str], new_tokens: int) -> Check:
+    """What comes piece by piece is what comes at once."""
+    details: dict[str, Any] = {"transport": transport.value, "prompts": len(prompts)}
+    for prompt in prompts:
+        whole = served.generate(transport, prompt, max_tokens=new_tokens).text
+        with Client(transport, served.addresses[transport]) as client:
+            options = {"max_tokens": new_tokens}
+            pieces = list(client.stream(served.model, prompt, version=served.version, options=options))
+        if (text := "".join(piece.text for piece in pieces)) != whole:
+            details["failure"] = f"{prompt!r} is followed by {whole!r} at once and by {text!r} in pieces"
+    return Check("streamed text", "failure" not in details, details=details)
 
 
 def _check_seed(served: Served, prompt: str, new_tokens: int) -> Check:

@@ -73,6 +73,6 @@ def test_the_refused_are_told_why(overrides: str) -> None:
 
 def test_ranks_that_share_a_model_make_one_data_parallel_rank() -> None:
     shared = "launcher.num_ranks=8 engine.sequence_parallel_size=2 engine.pipeline_stages=2 train.global_batch_size=32"
-    run = compose_config(shared.split()).base_run()
+    run = compose_config(shared.split()).training_runs()["base"]
     assert run.dp_size == 2
     assert run.gradient_accumulation_steps == 2

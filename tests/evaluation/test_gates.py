@@ -8,34 +8,31 @@ import pytest
 
 from flows.artifact import Artifact
 from flows.config.compression import GatesConfig, GatingConfig
+from flows.config.steps import StepConfig
 from flows.evaluation import gates
-from flows.evaluation.gates import Row, choose, judge, source_of
+from flows.evaluation.gates import Row, choose, judge
 
 UNIGRAM = 3.08
+STEPS = {
+    "student": StepConfig(distill="base"),
+    "base_int8": StepConfig(quantize="base"),
+    "student_int8": StepConfig(quantize="student"),
+}
 
 
 def row(name: str, **changes) -> Row:
     """A candidate that passes every gate."""
     p50 = {"base": 10.0, "student": 4.0, "base_int8": 6.0, "student_int8": 3.0}[name]
     size = {"base": 16_000_000, "student": 4_000_000, "base_int8": 4_100_000, "student_int8": 1_100_000}[name]
-    plain = Row(name, source_of(name), 2.0, 2.5, 7.4, 0.5, 4_000_000, size, p50, 2 * p50, 1e4)
+    step = STEPS.get(name)
+    plain = Row(name, step and step.source, step and step.kind, 2.0, 2.5, 7.4, 0.5, 4_000_000, size, p50, 2 * p50, 1e4)
     return replace(plain, **changes)
 
 
 def table(**changes) -> dict[str, Row]:
     """Judged candidates by name; `changes` by name."""
-    names = ("base", "student", "base_int8", "student_int8")
-    rows = judge([row(name, **changes.get(name, {})) for name in names], GatesConfig(), UNIGRAM)
+    rows = judge([row(name, **changes.get(name, {})) for name in ("base", *STEPS)], GatesConfig(), UNIGRAM)
     return {judged.name: judged for judged in rows}
-
-
-def test_sources():
-    assert [source_of(name) for name in ("base", "student", "base_int8", "student_int8")] == [
-        None,
-        "base",
-        "base",
-        "student",
-    ]
 
 
 def test_candidates_that_earn_their_place_pass():
@@ -148,7 +145,7 @@ def test_stage_reads_the_artifacts_of_every_candidate(tmp_path: Path):
         parents[f"program:{name}"] = measured({"parameters": 5, "program_bytes": 16_000_000 if name == "base" else 10})
         latency[name] = {"p50_ms": speed, "p95_ms": 2 * speed, "throughput": {"tokens_per_s": 3.0}}
     parents["latency"] = measured(latency)
-    metrics = gates.build(tmp_path, GatingConfig(gates=GatesConfig(), candidate="auto"), parents)
+    metrics = gates.build(tmp_path, GatingConfig(steps=STEPS, gates=GatesConfig(), candidate="auto"), parents)
     assert metrics["chosen"] == "base_int8"
     assert [candidate["name"] for candidate in metrics["candidates"]] == ["base", "base_int8"]
     assert metrics["candidates"][1]["p95_ms"] == 12.0

@@ -20,9 +20,9 @@ from flows.config import Config
 from flows.config.serving import PublishConfig
 from flows.run_record import RunRecord
 from flows.show_in_prefect import show_in_prefect
-from tests.report.made_up_run import BITS_PER_BYTE, make_run
+from tests.report.made_up_run import BITS_PER_BYTE, STEPS, make_run
 
-CONFIG = Config(name="nightly", publish=PublishConfig(model_name="tiny"))
+CONFIG = Config(name="nightly", steps=STEPS, publish=PublishConfig(model_name="tiny"))
 ROWS = {
     "corpus": {"ran": False, "reason": "its artifact exists and verifies", "key": "corpus-1", "seconds": 0.2},
     "student": {"ran": True, "reason": "temperature changed from 2.0 to 3.0", "key": "student-2", "seconds": 61.3},

@@ -51,7 +51,7 @@ def test_a_rerun_skips_every_stage(workplace: Workplace) -> None:
 
 
 def test_a_changed_temperature_reruns_distillation_and_what_follows(workplace: Workplace) -> None:
-    words = ["+experiment=smoke", "quantize=none", "distill.temperature=3"]
+    words = ["+experiment=smoke", "steps=distill", "distill.temperature=3"]
     explained = workplace.run("explain", *words).stdout
     assert re.search(r"^student +run +temperature changed from 2.0 to 3.0$", explained, re.MULTILINE)
     for stage in BEFORE_DISTILLATION:
@@ -86,7 +86,7 @@ def test_damage_is_repaired_and_what_follows_from_equal_bytes_is_not_repeated(wo
 def test_a_run_that_is_interrupted_and_killed_carries_on(
     workplace: Workplace, until: Callable[[Callable[[], Any]], Any]
 ) -> None:
-    words = ["+experiment=smoke", "name=long", "distill=none", "quantize=none", "train.max_steps=60"]
+    words = ["+experiment=smoke", "name=long", "steps=none", "train.max_steps=60"]
     words += ["train.optimizer.learning_rate=1e-7", "evaluate.gates.beat_unigram=true"]
     words += ["train.checkpoint_interval_steps=10"]
     store = workplace.root / "artifacts/store"

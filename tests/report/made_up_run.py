@@ -16,6 +16,7 @@ import numpy as np
 from flows.artifact import Artifact
 from flows.compression.quantize import LayerReport
 from flows.config import Config
+from flows.config.steps import StepConfig
 from flows.data.cleaning import Dropped
 from flows.evaluation import gates
 from flows.evaluation.latency import Timing
@@ -24,6 +25,11 @@ from flows.serving.scores_check import Check
 from flows.training.hardware import Hardware
 from flows.training.plan import Plan, make_plan
 
+STEPS = {
+    "student": StepConfig(distill="base"),
+    "base_int8": StepConfig(quantize="base"),
+    "student_int8": StepConfig(quantize="student"),
+}
 BITS_PER_BYTE = {"base": 2.483, "student": 2.691, "base_int8": 2.486, "student_int8": 2.697}
 UNIGRAM_BITS_PER_BYTE = 3.081
 PROGRAM_BYTES = {"base": 17_104_233, "student": 6_033_911, "base_int8": 4_410_118, "student_int8": 1_602_240}
@@ -74,7 +80,7 @@ def make_run(
     add("baselines", 0.9, ["tokens", "tokenizer", "corpus"], baselines)
 
     for name in config.candidates:
-        data, source = ["tokens", "tokenizer"], gates.source_of(name)
+        data, source = ["tokens", "tokenizer"], STEPS[name].source if name in STEPS else None
         if name in config.trained_candidates:
             add(name, 88.0 if name == "base" else 61.3, data + [source] * bool(source), training_metrics(config, name))
         else:
@@ -104,7 +110,7 @@ def make_run(
 
 def training_metrics(config: Config, name: str) -> dict[str, Any]:
     """What a training stage returns: a summary and the events of its curve."""
-    run = config.base_run() if name == "base" else config.student_run()
+    run = config.training_runs()[name]
     noise = np.random.default_rng(len(name))
     curve: list[dict[str, float]] = []
     for step in range(10, run.train.max_steps + 1, 10):
@@ -151,8 +157,8 @@ def _plan(config: Config, name: str) -> Plan:
         measured=True,
     )
     if name == "base":
-        return make_plan(config.base_run(), 4096, device, config.plan)
-    return make_plan(config.student_run(), 4096, device, config.plan, config.model)
+        return make_plan(config.training_runs()["base"], 4096, device, config.plan)
+    return make_plan(config.training_runs()["student"], 4096, device, config.plan, config.model)
 
 
 def _split(documents: int) -> dict[str, int]:
@@ -169,7 +175,7 @@ def _quantization_metrics(name: str) -> dict[str, Any]:
         ratio = 24.31 if skipped else round(31 + 13 * math.sin(number) ** 2, 2)
         reason = "its weights keep 24.3 dB, less than quantize.min_sqnr_db=25" if skipped else None
         layers.append(asdict(LayerReport(layer, (256, 688), ratio, reason)))
-    source_bytes = PROGRAM_BYTES[str(gates.source_of(name))]
+    source_bytes = PROGRAM_BYTES[STEPS[name].source]
     return {
         "layers": layers,
         "quantized_layers": len(layers) - 1,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from flows.config import Config
 from flows.report.figures import Curve, Point, curves, plane
 from flows.report.page import _training_figures
-from tests.report.made_up_run import training_metrics
+from tests.report.made_up_run import STEPS, training_metrics
 
 WRITTEN_DIGITS = 1e-6
 """Coordinates are written with six decimals."""
@@ -42,7 +42,7 @@ def assert_affine(pixels: NDArray[np.float64], values: NDArray[np.float64], tole
 
 
 def test_curves_hold_every_event_of_every_training() -> None:
-    config = Config()
+    config = Config(steps=STEPS)
     metrics = {name: training_metrics(config, name) for name in config.trained_candidates}
     figures = _training_figures(config, metrics)
     kinds = {"loss": ("train_loss", "validation_loss"), "learning_rate": ("learning_rate",)}

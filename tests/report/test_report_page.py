@@ -10,15 +10,13 @@ import pytest
 
 from flows.artifact import Artifact
 from flows.config import Config
-from flows.config.compression import QuantizeConfig
 from flows.config.serving import PublishConfig
-from flows.config.training import DistillConfig
 from flows.report import stage
 from flows.report.number_format import size
-from tests.report.made_up_run import BITS_PER_BYTE, DROPPED_NAME, PROGRAM_BYTES, SKIPPED, make_run
+from tests.report.made_up_run import BITS_PER_BYTE, DROPPED_NAME, PROGRAM_BYTES, SKIPPED, STEPS, make_run
 
 NAME = "<b onclick=x>my run"
-CONFIG = Config(name=NAME, publish=PublishConfig(model_name="tiny"))
+CONFIG = Config(name=NAME, steps=STEPS, publish=PublishConfig(model_name="tiny"))
 LOADING_ATTRIBUTES = ("src", "href", "srcset", "data", "poster", "action")
 WORSE_THAN_UNIGRAM = {name: value + 0.7 for name, value in BITS_PER_BYTE.items()}
 
@@ -137,9 +135,7 @@ def test_a_diverged_candidate_is_in_the_table_and_left_out_of_the_plots(tmp_path
 
 
 def test_one_model_that_is_not_compressed_makes_a_page(tmp_path: Path) -> None:
-    config = replace(
-        CONFIG, distill=DistillConfig(enabled=False), quantize=QuantizeConfig(enabled=False, sources=("base",))
-    )
+    config = replace(CONFIG, steps={})
     text = Page(build(tmp_path / "report", config, make_run(tmp_path / "store", config))).text
     assert "It serves base" in text
     assert "Quantization" not in text

@@ -9,7 +9,7 @@ from flows.config.data import CorpusConfig, DataConfig, Source
 from flows.report import tables
 from flows.report.lineage import Drawing, draw_lineage
 from flows.report.number_format import count, duration, significant, size
-from tests.report.made_up_run import make_run
+from tests.report.made_up_run import STEPS, make_run
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def _is(place: list[str], x: float, y: float) -> bool:
 
 
 def test_lineage_leads_from_the_data_to_the_version_without_short_cuts(tmp_path: Path) -> None:
-    config = Config()
+    config = Config(steps=STEPS)
     drawing = draw_lineage(make_run(tmp_path, config), config.candidates)
     served = {(start, end) for start, end, strong in lines(drawing) if strong}
     assert served == {
@@ -137,7 +137,7 @@ def test_lineage_leads_from_the_data_to_the_version_without_short_cuts(tmp_path:
 
 
 def test_stages_are_timed_in_the_order_of_the_chain(tmp_path: Path) -> None:
-    config = Config()
+    config = Config(steps=STEPS)
     run = make_run(tmp_path, config)
     times = tables.stage_times(run, config.candidates)
     assert len(times) == len(run)

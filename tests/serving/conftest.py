@@ -34,8 +34,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 def other_chain(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """The same model served with another setting: another version, without another export."""
     root = tmp_path_factory.mktemp("other_chain")
-    longer = replace(ENTRY, export=replace(EXPORT, max_new_tokens=65))
-    return replace(chain, entry=build_entry(root / "entry", chain.program, longer))
+    longer = replace(ENTRY, export=replace(EXPORT, max_new_tokens=29))
+    return replace(chain, entry=build_entry(root / "entry", chain.made_from, longer))
 
 
 @pytest.fixture(scope="session")

@@ -37,16 +37,19 @@ def test_config_says_what_the_graph_says(chain: Chain) -> None:
     }
     assert (production.backend, production.default_model_filename) == ("onnxruntime", "model.onnx")
     assert (embedded.backend, embedded.default_model_filename) == ("python", "")
-    for config in (production, embedded, read(chain.entry.path / "repo" / f"{NAME}_text" / "config.pbtxt")):
-        assert config.max_batch_size == EXPORT.max_batch_size
+    text = read(chain.entry.path / "repo" / f"{NAME}_text" / "config.pbtxt")
+    assert text.model_transaction_policy.decoupled
+    for config in (production, embedded, text):
         assert config.version_policy.latest.num_versions == ENTRY.keep_versions
+    for config in (production, embedded):
+        assert config.max_batch_size == EXPORT.max_batch_size
         assert config.dynamic_batching.max_queue_delay_microseconds == EXPORT.max_queue_delay_us
         assert config.model_warmup
     assert production.parameters["intra_op_thread_count"].string_value == "1"
 
 
 def test_same_program_gives_same_bytes(chain: Chain, tmp_path: Path) -> None:
-    assert build_entry(tmp_path / "again", chain.program).digest == chain.entry.digest
+    assert build_entry(tmp_path / "again", chain.made_from).digest == chain.entry.digest
 
 
 def test_versions_list_every_file_with_its_digest(chain: Chain) -> None:
@@ -101,14 +104,14 @@ def test_other_graphs_are_refused(tmp_path: Path, changes: dict[str, object], na
         onnx.helper.make_model(onnx.helper.make_graph([node], "g", inputs, [output], [value])), program / "model.onnx"
     )
     with pytest.raises(ProgramError, match=named):
-        build_entry(tmp_path / "entry", tiny_model.artifact("program", program))
+        build_entry(tmp_path / "entry", {"program": tiny_model.artifact("program", program)})
 
 
 def test_the_served_text_ends_with_the_token_that_the_models_tokenizer_names(chain: Chain, tmp_path: Path) -> None:
     program = tmp_path / "program"
     shutil.copytree(chain.program.path, program)
     (program / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    other = build_entry(tmp_path / "entry", replace(chain.program, path=program), ENTRY)
+    other = build_entry(tmp_path / "entry", {**chain.made_from, "program": replace(chain.program, path=program)})
     found = [
         json.loads(path.read_text())["end_of_text"]
         for entry in (chain.entry, other)
@@ -125,5 +128,5 @@ def test_every_setting_reaches_the_entry(chain: Chain, tmp_path: Path) -> None:
         *(replace(ENTRY, export=replace(EXPORT, **{name: 7})) for name in vars(EXPORT)),
     ]
     for number, config in enumerate(changed):
-        digests.add(build_entry(tmp_path / str(number), chain.program, config).digest)
+        digests.add(build_entry(tmp_path / str(number), chain.made_from, config).digest)
     assert len(digests) == 1 + len(changed)

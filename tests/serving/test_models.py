@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
+from flows.data.tokenizer import load_tokenizer
 from flows.serving.client import Client, Transport
 from flows.serving.server import InferenceServer
 from tests.serving import tiny_model
-from tests.serving.tiny_chain import EXPORT, NAME
+from tests.serving.tiny_chain import EXPORT, NAME, Chain
 
 pytestmark = pytest.mark.server
 TEXT = f"{NAME}_text"
@@ -37,6 +40,13 @@ def post(server: InferenceServer, path: str, body: dict[str, Any]) -> tuple[int,
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
+
+
+def metrics(server: InferenceServer) -> dict[str, float]:
+    """The text model's own metrics."""
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=60) as response:
+        lines = re.findall(r"^millrace_(\w+)\{.*\} (\S+)$", response.read().decode(), re.MULTILINE)
+    return {name: float(value) for name, value in lines}
 
 
 def ones(ids: np.ndarray) -> np.ndarray:
@@ -108,13 +118,12 @@ def test_texts_together_equal_texts_alone(server: InferenceServer) -> None:
 
     numbers = list(range(len(PROMPTS)))
     alone = [ask(number) for number in numbers]
-    with Client(Transport.http, server.http_address) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
-        before = client.executed_batches(TEXT)
-        for _ in range(5):
-            assert list(pool.map(ask, numbers)) == alone
-            if max(formed := client.executed_batches(TEXT) - before) > 1:
-                break
-    assert max(formed) > 1, "the server never put two texts into one batch"
+    before = metrics(server)
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        assert list(pool.map(ask, numbers)) == alone
+    tokens, steps = (metrics(server)[name] - before[name] for name in ("tokens_total", "steps_total"))
+    assert tokens == sum(one.completion_tokens for one in alone)
+    assert steps < tokens, "no step ever computed a token of two texts"
     assert [one.completion_tokens for one in alone] == [3 + number for number in numbers]
 
 
@@ -136,13 +145,15 @@ def test_bad_options_are_refused(client: Client, options: dict[str, float], mess
 
 
 def test_bytes_that_are_no_text_are_refused(server: InferenceServer) -> None:
-    import tritonclient.http as http
+    import tritonclient.grpc as grpc
 
-    tensor = http.InferInput("text_input", [1, 1], "BYTES")
-    tensor.set_data_from_numpy(np.array([[b"\xff\xfe"]], dtype=np.object_))
-    connection = http.InferenceServerClient(server.http_address)
-    with pytest.raises(InferenceServerException, match="text_input is not UTF-8"):
-        connection.infer(TEXT, [tensor])
+    tensor = grpc.InferInput("text_input", [1], "BYTES")
+    tensor.set_data_from_numpy(np.array([b"\xff\xfe"], dtype=np.object_))
+    connection = grpc.InferenceServerClient(server.grpc_address)
+    answers: SimpleQueue[Any] = SimpleQueue()
+    connection.start_stream(lambda result, error: answers.put(error))
+    connection.async_stream_infer(TEXT, [tensor])
+    assert "text_input is not UTF-8" in str(answers.get(timeout=60))
     connection.close()
 
 
@@ -158,7 +169,7 @@ def test_generate_endpoint_takes_plain_json(server: InferenceServer) -> None:
 
 def test_stop_string_ends_the_text_before_it(client: Client) -> None:
     for seed in range(100):  # until the random model writes a letter behind the third place
-        options = {"max_tokens": 60, "temperature": 2.0, "seed": seed}
+        options = {"max_tokens": EXPORT.max_new_tokens, "temperature": 2.0, "seed": seed}
         whole = client.generate(TEXT, "return", options=options)
         if stop := next((one for one in whole.text[3:] if one.isascii() and one not in whole.text[:3]), ""):
             break
@@ -177,7 +188,59 @@ def test_no_seed_gives_other_samples(client: Client) -> None:
     assert len(texts) > 1
 
 
-def test_longest_text_goes_on_beyond_the_context(client: Client) -> None:
-    answer = client.generate(TEXT, "def " * LENGTH, options={"max_tokens": EXPORT.max_new_tokens})
-    assert EXPORT.max_new_tokens > LENGTH
+def test_a_prompt_that_is_too_long_keeps_its_end(client: Client) -> None:
+    options = {"max_tokens": EXPORT.max_new_tokens}
+    answer = client.generate(TEXT, "def " * LENGTH, options=options)
     assert answer.finish_reason == "stop" or answer.completion_tokens == EXPORT.max_new_tokens
+    assert answer.prompt_tokens > LENGTH
+
+
+def test_pieces_make_up_the_whole(client: Client) -> None:
+    options = {"max_tokens": EXPORT.max_new_tokens, "temperature": 1.5, "seed": 3}
+    whole = client.generate(TEXT, "class A", options=options)
+    pieces = list(client.stream(TEXT, "class A", options=options))
+    assert len(pieces) > 5
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [piece.finish_reason for piece in pieces] == [""] * (len(pieces) - 1) + [whole.finish_reason]
+    counts = [piece.completion_tokens for piece in pieces]
+    assert counts == sorted(counts)
+    assert counts[-1] == whole.completion_tokens
+
+
+def test_a_stop_string_never_shows_in_pieces(client: Client) -> None:
+    options = {"max_tokens": EXPORT.max_new_tokens, "temperature": 2.0, "seed": 5}
+    whole = client.generate(TEXT, "return", options=options).text
+    stop = whole[6:10]  # more than one token of this vocabulary
+    pieces = [piece.text for piece in client.stream(TEXT, "return", stop=[stop], options=options)]
+    assert "".join(pieces) == whole[: whole.index(stop)]
+
+
+def test_whoever_hangs_up_frees_the_place(server: InferenceServer, client: Client) -> None:
+    options = {"max_tokens": EXPORT.max_new_tokens, "seed": 1, "temperature": 1.0}
+    for _ in range(2 * EXPORT.max_running):
+        next(client.stream(TEXT, "def", options=options))
+    assert client.generate(TEXT, "def", options=options).completion_tokens > 1
+    assert metrics(server)["cache_used_ratio"] == 0
+
+
+def test_what_takes_too_long_is_given_up(client: Client) -> None:
+    # the whole text takes many steps, each of which takes long enough for the shortest deadline to pass in between
+    options = {"max_tokens": EXPORT.max_new_tokens, "timeout_ms": 1}
+    with pytest.raises(InferenceServerException, match=r"timeout_ms has passed after \d+ of 30 tokens"):
+        client.generate(TEXT, "def" * 20, options=options)
+
+
+def test_a_repetition_penalty_breaks_a_loop(client: Client) -> None:
+    options = {"max_tokens": EXPORT.max_new_tokens, "repetition_penalty": 5.0}
+    assert client.generate(TEXT, "def", options=options).text != client.generate(TEXT, "def").text
+
+
+def test_log_probabilities_are_those_of_the_scores_model(server: InferenceServer, client: Client, chain: Chain) -> None:
+    body = {"text_input": "def", "max_tokens": 4, "log_probabilities": True}
+    _, answer = post(server, f"{TEXT}/generate", body)
+    prompt = load_tokenizer(chain.tokenizer.path).encode("def").ids
+    for number, (token, found) in enumerate(zip(answer["token_ids"], answer["log_probabilities"], strict=True)):
+        ids = np.array([prompt + answer["token_ids"][:number]], np.int64)
+        logits = client.scores(NAME, ids, ones(ids))[0].astype(np.float64)
+        expected = logits[token] - np.log(np.exp(logits).sum())
+        assert found == pytest.approx(expected, abs=1e-4)

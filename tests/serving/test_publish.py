@@ -94,7 +94,7 @@ def test_killed_at_any_step_leaves_a_whole_repository(chain: Chain, passport: Ar
     """Kills a publisher of version 2 before each of its file operations, looks, and lets another one try again."""
     entries = [
         chain.entry,
-        build_entry(tmp_path / "other", chain.program, replace(ENTRY, export=replace(EXPORT, threads=2))),
+        build_entry(tmp_path / "other", chain.made_from, replace(ENTRY, export=replace(EXPORT, threads=2))),
     ]
     plan = []
     for number, entry in enumerate(entries):

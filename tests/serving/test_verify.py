@@ -85,7 +85,7 @@ def with_program(chain: Chain, root: Path, edit: Callable[[onnx.GraphProto], Non
     edit(model.graph)
     onnx.save(model, program / "model.onnx")
     changed = tiny_model.artifact("program", program)
-    return replace(chain, program=changed, entry=build_entry(root / "entry", changed))
+    return replace(chain, program=changed, entry=build_entry(root / "entry", {**chain.made_from, "program": changed}))
 
 
 def ignore_padding(chain: Chain, root: Path) -> Chain:
@@ -136,7 +136,9 @@ def test_other_tokenizer_is_caught(chain: Chain, tmp_path: Path) -> None:
     program = shutil.copytree(chain.program.path, tmp_path / "program")
     tiny_model.make_tokenizer(program, seed=1)
     changed = tiny_model.artifact("program", program)
-    planted = replace(chain, program=changed, entry=build_entry(tmp_path / "entry", changed))
+    planted = replace(
+        chain, program=changed, entry=build_entry(tmp_path / "entry", {**chain.made_from, "program": changed})
+    )
     (tmp_path / "passport").mkdir()
     with pytest.raises(verify.PassportError, match="tokenizer") as caught:
         verify.build(tmp_path / "passport", PASSPORT, planted.passport_parents)

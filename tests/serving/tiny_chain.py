@@ -12,7 +12,7 @@ from flows.serving import entry, verify
 from tests.serving import tiny_model
 
 NAME = "tiny"
-EXPORT = ExportConfig(max_batch_size=3, max_new_tokens=64, threads=1)
+EXPORT = ExportConfig(max_batch_size=3, max_new_tokens=30, threads=1, prefill_tokens=8, max_running=3)
 ENTRY = EntryConfig(model_name=NAME, keep_versions=2, sequence_length=tiny_model.SEQUENCE_LENGTH, export=EXPORT)
 PASSPORT = PassportConfig(
     model_name=NAME,
@@ -31,16 +31,21 @@ class Chain:
     tokenizer: Artifact
     model: Artifact
     program: Artifact
+    generation: Artifact
     entry: Artifact
+
+    @property
+    def made_from(self) -> Mapping[str, Artifact]:
+        return {"program": self.program, "generation": self.generation}
 
     @property
     def passport_parents(self) -> Mapping[str, Artifact]:
         return {role: getattr(self, role) for role in ("tokens", "tokenizer", "model", "program", "entry")}
 
 
-def build_entry(directory: Path, program: Artifact, config: EntryConfig = ENTRY) -> Artifact:
+def build_entry(directory: Path, made_from: Mapping[str, Artifact], config: EntryConfig = ENTRY) -> Artifact:
     directory.mkdir(parents=True)
-    entry.build(directory, config, {"program": program})
+    entry.build(directory, config, made_from)
     return tiny_model.artifact("entry", directory)
 
 
@@ -49,12 +54,14 @@ def build_chain(root: Path, seed: int) -> Chain:
     tokenizer = tiny_model.make_tokenizer(root / "tokenizer")
     checkpoint = tiny_model.make_checkpoint(root / "model", tokenizer, seed)
     program = artifact("program", tiny_model.make_program(root / "program", checkpoint))
+    generation = artifact("generation", tiny_model.make_generation(root / "generation", checkpoint))
     return Chain(
         tokens=artifact("tokens", tiny_model.make_tokens(root / "tokens")),
         tokenizer=artifact("tokenizer", tokenizer),
         model=artifact("model", checkpoint),
         program=program,
-        entry=build_entry(root / "entry", program),
+        generation=generation,
+        entry=build_entry(root / "entry", {"program": program, "generation": generation}),
     )
 
 

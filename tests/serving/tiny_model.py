@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from flows.artifact import Artifact, _content_digest, _digest_files
 from flows.config.model import Kernels, ModelConfig
-from flows.export import program
+from flows.export import generation, program
 from flows.model.checkpoint import save_decoder
 from flows.model.decoder import Decoder, initialize
 
@@ -64,6 +64,12 @@ def make_checkpoint(directory: Path, tokenizer: Path, seed: int = 0, config: Mod
 def make_program(directory: Path, checkpoint: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     program.build(directory, None, {"model": artifact("model", checkpoint)})
+    return directory
+
+
+def make_generation(directory: Path, checkpoint: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    generation.build(directory, None, {"model": artifact("model", checkpoint)})
     return directory
 
 

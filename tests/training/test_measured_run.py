@@ -42,7 +42,7 @@ def with_vocabulary(data: dict[str, Artifact], directory: Path, vocab_size: int)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     """A few steps of the quickstart's base model."""
-    config = compose_config(["+experiment=quickstart"]).base_run()
+    config = compose_config(["+experiment=quickstart"]).training_runs()["base"]
     report = tmp_path_factory.mktemp("flops") / "flops.txt"
     profiler = {"enabled": True, "profile_step": PROFILED + 1, "detailed": False, "output_file": str(report)}
     return replace(

@@ -30,7 +30,7 @@ from flows.launcher.rendezvous import leads
 run = from_json(TrainingRun, Path(sys.argv[1]).read_text())
 artifacts_dir = Path(sys.argv[2])
 parents = {name: Artifact(name, name, name, Path(path)) for name, path in zip(("tokens", "tokenizer"), sys.argv[3:])}
-config = Config(artifacts_dir=artifacts_dir, launcher=run.launcher, distill=DistillConfig(enabled=False))
+config = Config(artifacts_dir=artifacts_dir, launcher=run.launcher)
 stage = Stage("base", "flows.training.stage", run, parents)
 if leads(run.launcher):
     with lead(config):

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found, import-untyped"
-"""A program's session on onnxruntime. A copy of this file is in every served version: it imports nothing of ours."""
+"""A program's session on onnxruntime."""
 
 from pathlib import Path
 

@@ -1,0 +1,179 @@
+# Shape letters are upper case; calling a module is untyped in torch:
+# mypy: disable-error-code="no-any-return"
+"""The program that generates text: new tokens meet keys and values of the tokens before them, which are kept in pages.
+
+The pages of all texts are one pool per layer, so that texts of any length share it without gaps, and texts that begin
+alike share their first pages (PagedAttention, arXiv:2309.06180). The program reads pages and returns the keys and
+values of the new tokens; whoever runs it writes them to their place.
+
+Shape letters: B rows, S new tokens of a row, M pages of a row, T tokens of a page, P = M x T, N layers, G key and value
+heads, K width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from flows.artifact import Artifact
+from flows.compression.candidate import load_candidate
+from flows.export.graph import export_graph
+from flows.export.parity import compare
+from flows.export.program import NextTokenScores
+from flows.export.shipped.text_programs import PagedProgram
+from flows.model.attention import Attention, attend, rotary
+from flows.model.decoder import Decoder
+
+GENERATION = "generation.onnx"
+PAGE_TOKENS = 16
+CHECKED_BYTES = 1 << 26
+"""Of keys and values, while program and candidate are compared."""
+
+
+def build(directory: Path, config: None, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
+    """Stage: writes generation.onnx.
+
+    Args:
+        directory: Where it goes.
+        config: There is nothing to choose.
+        parents: `model`: a candidate that is a decoder of ours.
+
+    Returns:
+        `largest_difference` and `tolerance` of the comparison with the candidate.
+
+    Raises:
+        ProgramError: The program does not compute what the candidate computes.
+    """
+    model = load_candidate(parents["model"].path)
+    assert isinstance(model, Decoder), "others have no such program"
+    export_generation(model, directory / GENERATION)
+    whole = load_candidate(parents["model"].path)
+    parity = compare(NextTokenScores(whole).eval(), _TokenByToken(directory / GENERATION), whole.vocab_size)
+    return {"largest_difference": parity.largest_difference, "tolerance": parity.tolerance}
+
+
+@dataclass
+class _Ids:
+    ids: list[int]
+    prompt_tokens: int
+    most_tokens: int
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+
+
+class _TokenByToken:
+    """Next-token scores as generation computes them: half of each row at once, then one token after the other."""
+
+    def __init__(self, path: Path) -> None:
+        self._program = PagedProgram(path, 0, CHECKED_BYTES)
+
+    def next_token_scores(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Scores [batch, vocab] of the token after each row's last real one."""
+        rows = [ids[mask == 1].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        texts = [_Ids(ids, len(ids), len(ids)) for ids in rows]
+        scores = np.zeros((len(texts), self._program.vocab_size), np.float32)
+        for text in texts:
+            self._program.open(text)
+        counts = [-(-(len(text.ids) - text.computed) // 2) for text in texts]
+        while running := [row for row, count in enumerate(counts) if count]:
+            scores[running] = self._program.run([texts[row] for row in running], [counts[row] for row in running])
+            counts = [min(1, len(text.ids) - text.computed) for text in texts]
+        for text in texts:
+            self._program.close(text)
+        return scores
+
+
+class GenerationStep(nn.Module):
+    """Scores of the token after each row's last new one, and the new tokens' keys and values.
+
+    Args:
+        model: Any decoder, floating-point or INT8; its attention layers are told to look at pages from then on.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, new_lengths: Tensor, past_lengths: Tensor, page_table: Tensor, *pages: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [B, V] and the new keys and values, each [N, B, S, G, K].
+
+        Args:
+            input_ids: New tokens [B, S], int64, padded on the right.
+            new_lengths: How many of them are real [B], at least one.
+            past_lengths: Tokens before them [B]; 0 for a new text.
+            page_table: Numbers of the pages that hold those [B, M], in order; what lies behind them does not matter.
+            *pages: Pool of each layer's keys, then of each layer's values, [pages, T, G, K] float32.
+        """
+        stack = self.model.model
+        num_layers, length = len(stack.layers), input_ids.shape[1]
+        order_S = torch.arange(length, device=input_ids.device)
+        positions_BS = past_lengths[:, None] + order_S
+        past_P = torch.arange(page_table.shape[1] * PAGE_TOKENS, device=input_ids.device)
+        is_past_BSP = (past_P < past_lengths[:, None])[:, None].expand(-1, length, -1)
+        is_before_BSS = (order_S[:, None] >= order_S)[None].expand(input_ids.shape[0], -1, -1)
+        allowed_B1SP = torch.cat((is_past_BSP, is_before_BSS), dim=-1)[:, None]
+        x_BSD = stack.embed_tokens(input_ids)
+        rotation = rotary(positions_BS, stack.head_dim, stack.rope_theta, x_BSD.dtype)
+        new: list[tuple[Tensor, Tensor]] = []
+        for layer, key_pages, value_pages in zip(stack.layers, pages[:num_layers], pages[num_layers:], strict=True):
+            attention = layer.self_attn
+            assert isinstance(attention, Attention)
+            past = _read(key_pages, page_table), _read(value_pages, page_table)
+            attention.attend = partial(_attend_to_pages, past, new)
+            x_BSD = layer(x_BSD, rotation, allowed_B1SP)
+        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
+        scores_BV = self.model.lm_head(stack.norm(x_BSD)[rows, new_lengths - 1])
+        return scores_BV, torch.stack([keys for keys, _ in new]), torch.stack([values for _, values in new])
+
+
+def _attend_to_pages(
+    past: tuple[Tensor, Tensor],
+    new: list[tuple[Tensor, Tensor]],
+    q_BHSK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    allowed_B1SP: Tensor | None,
+) -> Tensor:
+    new.append((k_BGSK.transpose(1, 2), v_BGSK.transpose(1, 2)))
+    keys, values = (torch.cat(pair, dim=2) for pair in zip(past, (k_BGSK, v_BGSK), strict=True))
+    return attend(q_BHSK, keys, values, allowed_B1SP)
+
+
+def _read(pages: Tensor, page_table_BM: Tensor) -> Tensor:
+    """Keys or values of the rows' pages [B, G, P, K]."""
+    rows = embedding(page_table_BM, pages.flatten(1))  # one copy per page
+    return rows.view(page_table_BM.shape[0], -1, *pages.shape[2:]).transpose(1, 2)
+
+
+def export_generation(model: Decoder, path: Path) -> None:
+    """Writes the graph, for any number of rows, new tokens and pages; equal weights give equal bytes."""
+    config = model.config
+    shape = (5, PAGE_TOKENS, config.num_key_value_heads, config.head_dim)
+    pages = [torch.zeros(shape) for _ in range(2 * config.num_hidden_layers)]
+    rows, new, table, pool = (torch.export.Dim(name) for name in ("rows", "new_tokens", "row_pages", "pool_pages"))
+    kinds = [f"{kind}_pages_{layer}" for kind in ("key", "value") for layer in range(config.num_hidden_layers)]
+    export_graph(
+        GenerationStep(model),
+        (
+            torch.zeros(2, 3, dtype=torch.int64),
+            torch.ones(2, dtype=torch.int64),
+            torch.ones(2, dtype=torch.int64),
+            torch.zeros(2, 4, dtype=torch.int64),
+            *pages,
+        ),
+        ["input_ids", "new_lengths", "past_lengths", "page_table", *kinds],
+        ["logits", "new_keys", "new_values"],
+        ({0: rows, 1: new}, {0: rows}, {0: rows}, {0: rows, 1: table}, tuple({0: pool} for _ in pages)),
+        path,
+    )

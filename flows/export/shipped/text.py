@@ -1,0 +1,272 @@
+# mypy: disable-error-code="import-not-found, import-untyped"
+"""Text to text: tokenizes, generates together with whatever else runs, and answers at the end or as the text grows.
+
+Carries its own tokenizer library, because the server's Python has none, and so that the one that was verified serves.
+"""
+
+import importlib.machinery
+import importlib.util
+import json
+import math
+import platform
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # provided by the server
+
+from .continuous_batching import Generator, Text
+from .digests import check_files
+from .sampling import Sampling
+from .text_programs import PagedProgram, WholeProgram
+
+GENERATION, WHOLE = "generation.onnx", "model.onnx"
+
+
+class RefusedError(ValueError):
+    """A request that cannot be answered."""
+
+
+@dataclass
+class Answer:
+    """Where the responses to one request go."""
+
+    sender: Any
+    streams: bool
+    """One response for each piece of the text, instead of one for all of it."""
+    sent_characters: int = 0
+    sent_tokens: int = 0
+
+
+class TritonPythonModel:
+    """One instance of the text model: requests come in by one thread, texts grow in another."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Checks the version's files, loads program and tokenizer and starts to generate."""
+        here = Path(__file__).parent
+        check_files(here)
+        settings = json.loads((here / "settings.json").read_text())
+        self.sequence_length: int = settings["sequence_length"]
+        self.max_new_tokens: int = settings["max_new_tokens"]
+        self.default_max_tokens: int = settings["default_max_tokens"]
+        self.max_waiting: int = settings["max_waiting"]
+        self.tokenizer = load_library(here, settings["platform"]).Tokenizer.from_file(str(here / "tokenizer.json"))
+        self.tokenizer.encode_special_tokens = True  # as in training: what a user types is text, never a control token
+        self.end_of_text: int = self.tokenizer.token_to_id(settings["end_of_text"])
+        if (here / GENERATION).exists():
+            program: Any = PagedProgram(here / GENERATION, settings["threads"], settings["cache_bytes"])
+        else:
+            program = WholeProgram(here / WHOLE, settings["threads"])
+        self.generator = Generator(
+            program, self.decode, self.end_of_text, settings["max_running"], settings["prefill_tokens"]
+        )
+        self.metrics = Metrics({"model": args["model_name"], "version": args["model_version"]})
+        self.arrived: deque[tuple[Text, Answer]] = deque()
+        self.answers: dict[Text, Answer] = {}
+        self.stopping = False
+        self.wake = threading.Condition()
+        self.worker = threading.Thread(target=self.work, daemon=True)
+        self.worker.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Puts requests in line; a worker answers them."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                text, streams = self.read(request)
+                text.is_cancelled = sender.is_cancelled
+                answer = Answer(sender, streams)
+                if text.max_tokens == 0:
+                    text.finish_reason = "length"
+                    self.send(text, answer)
+                    continue
+                with self.wake:
+                    if (waiting := len(self.arrived) + self.generator.waiting) >= self.max_waiting:
+                        raise RefusedError(f"{waiting} texts wait already, as many as may. Try again later.")
+                    self.arrived.append((text, answer))
+                    self.wake.notify()
+            except RefusedError as error:
+                fail(sender, str(error), pb_utils.TritonError.INVALID_ARG)
+
+    def finalize(self) -> None:
+        """Ends the worker."""
+        with self.wake:
+            self.stopping = True
+            self.wake.notify()
+        self.worker.join()
+
+    def work(self) -> None:
+        """Generates while there is anything to generate."""
+        while True:
+            with self.wake:
+                self.wake.wait_for(lambda: self.stopping or self.arrived or not self.generator.is_idle)
+                arrived = list(self.arrived)
+                self.arrived.clear()
+                stopping = self.stopping
+            for text, answer in arrived:
+                self.answers[text] = answer
+                self.generator.add(text)
+            try:
+                if stopping:
+                    raise RuntimeError("the model is being unloaded. Try again")
+                changed = self.generator.step()
+                for text in changed:
+                    self.send(text, self.answers[text])
+                    if text.finish_reason:
+                        del self.answers[text]
+                self.metrics.update(self.generator, len(changed))
+            except Exception as error:  # whatever it is, nobody may wait for an answer for ever
+                pb_utils.Logger.log_error(f"text generation: {error!r}")
+                self.generator.stop()
+                for answer in self.answers.values():
+                    fail(answer.sender, f"generation failed: {error}.", pb_utils.TritonError.INTERNAL)
+                self.answers.clear()
+            if stopping:
+                return
+
+    def send(self, text: Text, answer: Answer) -> None:
+        """Sends what is new, if somebody waits for it."""
+        if text.finish_reason == "cancelled":
+            fail(answer.sender, "the request was cancelled", pb_utils.TritonError.CANCELLED)
+            return
+        if text.finish_reason == "deadline":
+            message = f"timeout_ms has passed after {len(text.new_ids)} of {text.max_tokens} tokens"
+            fail(answer.sender, message, pb_utils.TritonError.UNAVAILABLE)
+            return
+        piece = text.text[answer.sent_characters :]
+        if not text.finish_reason and not (answer.streams and piece):
+            return
+        outputs = {
+            "text_output": np.array([piece.encode()], dtype=np.object_),
+            "finish_reason": np.array([text.finish_reason.encode()], dtype=np.object_),
+            "prompt_tokens": np.array([text.asked_prompt_tokens], dtype=np.int32),
+            "completion_tokens": np.array([len(text.new_ids)], dtype=np.int32),
+        }
+        if text.with_log_probabilities:
+            outputs["token_ids"] = np.array(text.new_ids[answer.sent_tokens :], dtype=np.int64)
+            outputs["log_probabilities"] = np.array(text.log_probabilities[answer.sent_tokens :], dtype=np.float32)
+        answer.sent_characters, answer.sent_tokens = len(text.text), len(text.new_ids)
+        response = pb_utils.InferenceResponse([pb_utils.Tensor(name, values) for name, values in outputs.items()])
+        answer.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if text.finish_reason else 0)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of new tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def read(self, request: Any) -> tuple[Text, bool]:
+        """The text of a request, and whether it wants it in pieces; or `RefusedError`."""
+        prompt = read_strings(request, "text_input")
+        if not prompt:  # the server counts inputs before it calls, and does not look at their names
+            raise RefusedError("text_input is missing")
+        number = {
+            name: read_number(request, name, default)
+            for name, default in {
+                "max_tokens": self.default_max_tokens,
+                "temperature": 0.0,
+                "top_k": 0,
+                "top_p": 1.0,
+                "repetition_penalty": 1.0,
+                "seed": None,
+                "timeout_ms": None,
+                "stream": False,
+                "log_probabilities": False,
+            }.items()
+        }
+        max_tokens, seed, timeout_ms = number["max_tokens"], number["seed"], number["timeout_ms"]
+        if not 0 <= max_tokens <= self.max_new_tokens:
+            raise RefusedError(f"max_tokens is {max_tokens}: it must lie between 0 and {self.max_new_tokens}")
+        if not (math.isfinite(number["temperature"]) and number["temperature"] >= 0):
+            raise RefusedError(f"temperature is {number['temperature']}: it must be 0 (the likeliest token) or more")
+        if number["top_k"] < 0:
+            raise RefusedError(f"top_k is {number['top_k']}: it must be 0 (all tokens) or more")
+        if not 0 < number["top_p"] <= 1:
+            raise RefusedError(f"top_p is {number['top_p']}: it must be above 0 and at most 1")
+        if not (math.isfinite(number["repetition_penalty"]) and number["repetition_penalty"] > 0):
+            raise RefusedError(f"repetition_penalty is {number['repetition_penalty']}: it must be above 0; 1 is none")
+        if seed is not None and seed < 0:
+            raise RefusedError(f"seed is {seed}: it must be 0 or more")
+        if timeout_ms is not None and timeout_ms <= 0:
+            raise RefusedError(f"timeout_ms is {timeout_ms}: it must be above 0")
+        ids = self.tokenizer.encode(prompt[0], add_special_tokens=False).ids
+        room = max(1, self.sequence_length + 1 - max_tokens)  # the last new token is not read again
+        kept = ids[-room:] or [self.end_of_text]
+        text = Text(
+            ids=kept,
+            prompt_tokens=len(kept),
+            max_tokens=max_tokens,
+            sampling=Sampling(number["temperature"], number["top_k"], number["top_p"], number["repetition_penalty"]),
+            random=np.random.default_rng(seed),
+            stops=[stop for stop in read_strings(request, "stop") if stop],
+            with_log_probabilities=number["log_probabilities"],
+            deadline=None if timeout_ms is None else time.monotonic() + timeout_ms / 1e3,
+            asked_prompt_tokens=len(ids),
+        )
+        return text, number["stream"]
+
+
+class Metrics:
+    """What the server's metrics endpoint says about generation; each is one number per model and version."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        def family(name: str, description: str, kind: Any) -> Any:
+            return pb_utils.MetricFamily(name=f"millrace_{name}", description=description, kind=kind)
+
+        counter, gauge = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE
+        self.families = {  # kept: a family that is collected takes its metrics along
+            "tokens_total": family("tokens_total", "Tokens generated", counter),
+            "steps_total": family("steps_total", "Steps of generation, each one token of every running text", counter),
+            "texts_running": family("texts_running", "Texts that are being generated", gauge),
+            "texts_waiting": family("texts_waiting", "Texts that wait for a place or for room in the cache", gauge),
+            "cache_used_ratio": family("cache_used_ratio", "Share of the key and value cache that is reserved", gauge),
+        }
+        self.metrics = {name: one.Metric(labels=labels) for name, one in self.families.items()}
+
+    def update(self, generator: Generator, tokens: int) -> None:
+        """Notes a step."""
+        self.metrics["tokens_total"].increment(tokens)
+        self.metrics["steps_total"].increment(1)
+        self.metrics["texts_running"].set(generator.running)
+        self.metrics["texts_waiting"].set(generator.waiting)
+        self.metrics["cache_used_ratio"].set(generator.cache_used_ratio)
+
+
+def fail(sender: Any, message: str, code: Any) -> None:
+    """Ends a request with an error."""
+    response = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def load_library(version_dir: Path, built_for: str) -> Any:
+    """The tokenizer library that the version carries."""
+    if platform.machine() != built_for:
+        raise RuntimeError(
+            f"this version carries a tokenizer library for {built_for} and cannot serve on {platform.machine()}. "
+            "Publish it from a machine of that kind."
+        )
+    loader = importlib.machinery.ExtensionFileLoader("tokenizers", str(version_dir / "tokenizers.abi3.so"))
+    spec = importlib.util.spec_from_loader("tokenizers", loader)
+    assert spec is not None
+    library = importlib.util.module_from_spec(spec)
+    loader.exec_module(library)
+    return library
+
+
+def read_strings(request: Any, name: str) -> list[str]:
+    """A string input; nothing if the request has no such input."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return []
+    try:
+        return [value.decode() for value in tensor.as_numpy()]
+    except UnicodeDecodeError as error:
+        raise RefusedError(f"{name} is not UTF-8: {error}") from error
+
+
+def read_number(request: Any, name: str, default: Any) -> Any:
+    """One number; the default if the request has no such input."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return default if tensor is None else tensor.as_numpy()[0].item()

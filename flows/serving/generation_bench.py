@@ -1,0 +1,201 @@
+"""Generated tokens per second and waiting times under load, against transformers' `generate` behind FastAPI.
+
+    python -m flows.serving.generation_bench model_repo quickstart artifacts/store/base-... --clients 1 4 16 64
+
+The last argument is the directory of the floating-point model that was published (`publish.candidate=base`). Needs the
+extra `transformers`. Greedy texts of all ways are compared before anything is timed. All ways take turns on the same
+prompts: ours over gRPC, streamed; one FastAPI worker that generates one request after the other; and, without any
+server, batches of as many prompts as there are clients, each as slow as its longest text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from flows.config import ConfigError, RunError
+from flows.serving.client import Client, Completion, Transport
+from flows.serving.generation_rival import Rival
+from flows.serving.publish import complete_versions
+from flows.serving.server import InferenceServer
+
+MAX_TOKENS = 64
+REQUESTS = 64
+"""At least; four per client if that is more."""
+START_TIMEOUT_S = 120.0
+PROMPTS = (
+    "import os\n\ndef main(",
+    "class Node:\n    def __init__(self",
+    "for name in",
+    "    return self._",
+    "def parse_arguments(argv):\n    parser = argparse.",
+    "try:\n    import ",
+    "#",
+    "raise ValueError(f",
+)
+
+
+@dataclass
+class Load:
+    """What a number of clients saw."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    first_ms: list[float] = field(default_factory=list)
+    """Until the first piece of each text."""
+    between_ms: list[float] = field(default_factory=list)
+    """Between two pieces of a text."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all clients together."""
+        return self.tokens / self.seconds
+
+
+def run(repository: Path, model_name: str, checkpoint: Path, clients: Sequence[int]) -> None:
+    """Prints a table.
+
+    Raises:
+        ConfigError: No such model was published.
+        RunError: The ways do not give the same texts.
+    """
+    if not complete_versions(repository, model_name):
+        raise ConfigError(f"publish.model_name={model_name} has no version in {repository}. Publish one first.")
+    rival = Rival(checkpoint)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        InferenceServer(repository, [model_name, f"{model_name}_text"], Path(scratch) / "server.log") as server,
+        _FastApi(checkpoint, Path(scratch) / "fastapi.log") as fast_api,
+    ):
+        text = f"{model_name}_text"
+        _check_texts(lambda prompt: _ours(server.grpc_address, text, prompt, Load()), rival)
+        print(f"{MAX_TOKENS} tokens a request, greedy; tokens/s of all clients together, other numbers in ms")
+        print(f"{'':8}{'ours':>10}{'FastAPI':>10}{'ratio':>8}{'static batch':>14}{'ratio':>8}", end="")
+        print("".join(f"{name:>16}" for name in ("first p50", "first p95", "between p50", "between p95")))
+        for count in clients:
+            requests = max(REQUESTS, 4 * count)
+            ours = _under_load(count, requests, lambda prompt, load: _ours(server.grpc_address, text, prompt, load))
+            theirs = _under_load(count, min(requests, 2 * REQUESTS), fast_api.ask)
+            static = _static(rival, count, requests)
+            ratios = [ours.tokens_per_s / other.tokens_per_s for other in (theirs, static)]
+            print(f"{count:<8}{ours.tokens_per_s:10.0f}{theirs.tokens_per_s:10.0f}{ratios[0]:8.2f}", end="")
+            print(f"{static.tokens_per_s:14.0f}{ratios[1]:8.2f}", end="")
+            measured = (ours.first_ms, ours.between_ms)
+            print("".join(f"{np.percentile(values, share):16.1f}" for values in measured for share in (50, 95)))
+
+
+def _check_texts(ours: Callable[[str], str], rival: Rival) -> None:
+    for prompt in PROMPTS:
+        expected, found = rival.generate([prompt], MAX_TOKENS)[0], ours(prompt)
+        if expected.text != found:
+            raise RunError(
+                f"{prompt!r} is followed by {found!r} and, by transformers, by {expected.text!r}. Nothing was timed. "
+                "Publish the floating-point model whose directory this is: publish.candidate=base."
+            )
+
+
+def _under_load(clients: int, requests: int, ask: Callable[[str, Load], str]) -> Load:
+    """Each client asks again as soon as it is answered."""
+    load, prompts = Load(), iter([PROMPTS[number % len(PROMPTS)] for number in range(requests)])
+    lock = threading.Lock()
+
+    def client(_: int) -> None:
+        while True:
+            with lock:
+                prompt = next(prompts, None)
+            if prompt is None:
+                return
+            ask(prompt, load)
+
+    for prompt in PROMPTS[:2]:
+        ask(prompt, Load())
+    started = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients)))
+    load.seconds = time.perf_counter() - started
+    return load
+
+
+def _ours(address: str, model: str, prompt: str, load: Load) -> str:
+    pieces: list[Completion] = []
+    last = time.perf_counter()
+    with Client(Transport.grpc, address) as client:
+        for piece in client.stream(model, prompt, options={"max_tokens": MAX_TOKENS}):
+            now = time.perf_counter()
+            (load.between_ms if pieces else load.first_ms).append(1e3 * (now - last))
+            last = now
+            pieces.append(piece)
+    load.tokens += pieces[-1].completion_tokens  # one addition: atomic enough for a count
+    return "".join(piece.text for piece in pieces)
+
+
+def _static(rival: Rival, batch: int, requests: int) -> Load:
+    load = Load()
+    started = time.perf_counter()
+    for first in range(0, requests, batch):
+        prompts = [PROMPTS[number % len(PROMPTS)] for number in range(first, min(first + batch, requests))]
+        load.tokens += sum(one.tokens for one in rival.generate(prompts, MAX_TOKENS))
+    load.seconds = time.perf_counter() - started
+    return load
+
+
+class _FastApi:
+    """One worker that serves `Rival`."""
+
+    def __init__(self, checkpoint: Path, log: Path) -> None:
+        self._checkpoint, self._log = checkpoint, log
+
+    def __enter__(self) -> _FastApi:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "flows.serving.generation_rival", str(self._checkpoint), str(self._port)]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                self.ask(PROMPTS[0], Load())
+                return self
+            except OSError:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise RunError(f"FastAPI did not start:\n{self._log.read_text()[-2000:]}") from None
+                time.sleep(0.2)
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait()
+
+    def ask(self, prompt: str, load: Load) -> str:
+        """One text."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port)
+        body = json.dumps({"prompt": prompt, "max_tokens": MAX_TOKENS})
+        connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+        load.tokens += answer["tokens"]
+        return str(answer["text"])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repository", type=Path)
+    parser.add_argument("model_name")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
+    arguments = parser.parse_args()
+    run(arguments.repository, arguments.model_name, arguments.checkpoint, arguments.clients)
