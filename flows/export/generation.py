@@ -30,7 +30,7 @@ from flows.export.graph import export_graph
 from flows.export.parity import compare
 from flows.export.program import NextTokenScores
 from flows.export.shipped.text_programs import PagedProgram
-from flows.model.attention import Attention, attend, rotary
+from flows.model.attention import Attention, angles, attend
 from flows.model.decoder import Decoder
 
 GENERATION = "generation.onnx"
@@ -124,7 +124,7 @@ class GenerationStep(nn.Module):
         is_before_BSS = (order_S[:, None] >= order_S)[None].expand(input_ids.shape[0], -1, -1)
         allowed_B1SP = torch.cat((is_past_BSP, is_before_BSS), dim=-1)[:, None]
         x_BSD = stack.embed_tokens(input_ids)
-        rotation = rotary(positions_BS, stack.head_dim, stack.rope_theta, x_BSD.dtype)
+        rotation = angles(positions_BS, stack.head_dim, stack.rope_theta)
         new: list[tuple[Tensor, Tensor]] = []
         for layer, key_pages, value_pages in zip(stack.layers, pages[:num_layers], pages[num_layers:], strict=True):
             attention = layer.self_attn

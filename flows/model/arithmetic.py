@@ -75,7 +75,7 @@ def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_lengt
     return 2.0 * matrix_parameter_count(config, vocab_size) + attention
 
 
-def layer_activation_bytes(config: ModelConfig, width_bytes: int, fused_norms: bool) -> int:
+def layer_activation_bytes(config: ModelConfig, width_bytes: int, fused: bool) -> int:
     """Bytes that one layer keeps of one token for the way back.
 
     Counted like arXiv:2205.05198, section 4, for this decoder: attention that keeps no scores (arXiv:2205.14135), its
@@ -85,15 +85,16 @@ def layer_activation_bytes(config: ModelConfig, width_bytes: int, fused_norms: b
     Args:
         config: The model.
         width_bytes: Of one activation.
-        fused_norms: The norm kernel keeps its input and one float32 per row; plain torch keeps two float32 copies.
+        fused: Norm kernels keep their input and one float32 per row, where plain torch keeps two float32 copies; the
+            SwiGLU kernel computes one of the four results again.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     attention = width_bytes * 2 * (heads + kv_heads) * config.head_dim + FP32_BYTES * heads
     if config.qk_norm:
-        attention += (heads + kv_heads) * (_inside_norm(config.head_dim, width_bytes, fused_norms) + FP32_BYTES)
+        attention += (heads + kv_heads) * (_inside_norm(config.head_dim, width_bytes, fused) + FP32_BYTES)
     experts = config.num_experts_per_tok if config.num_experts else 1
-    feed_forward = 4 * width_bytes * config.intermediate_size * experts
-    return attention + feed_forward + 2 * norm_activation_bytes(config, width_bytes, fused_norms)
+    feed_forward = (3 if fused else 4) * width_bytes * config.intermediate_size * experts
+    return attention + feed_forward + 2 * norm_activation_bytes(config, width_bytes, fused)
 
 
 def norm_activation_bytes(config: ModelConfig, width_bytes: int, fused: bool) -> int:

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flows.config.model import ModelConfig
 from flows.model.norm import RMSNorm
+from kernels.rotary import rotary
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """What `attend` does, perhaps together with other ranks."""
@@ -35,6 +36,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.attend: Attend = attend
+        self.kernels = config.kernels.value
         q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
@@ -47,8 +49,9 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
         """What each position gathers from those it may look at [B, L, D]; `None` allows all up to itself."""
         split = (*x_BLD.shape[:2], -1, self.head_dim)
-        q_BHLK = rotate(self.q_norm(self.q_proj(x_BLD).view(split)).transpose(1, 2), rotation)
-        k_BGLK = rotate(self.k_norm(self.k_proj(x_BLD).view(split)).transpose(1, 2), rotation)
+        q_BHLK = self.q_norm(self.q_proj(x_BLD).view(split)).transpose(1, 2)
+        k_BGLK = self.k_norm(self.k_proj(x_BLD).view(split)).transpose(1, 2)
+        q_BHLK, k_BGLK = rotary(q_BHLK, k_BGLK, *rotation, self.kernels)
         v_BGLK = self.v_proj(x_BLD).view(split).transpose(1, 2)
         y_BHLK = self.attend(q_BHLK, k_BGLK, v_BGLK, allowed_B1LL)
         return self.o_proj(y_BHLK.transpose(1, 2).flatten(2))
@@ -92,7 +95,7 @@ def positions(
     return (before_BL - before_BL.where(begins_BL, 0).cummax(1).values)[:, first : first + length]
 
 
-def rotary(positions_BL: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def angles(positions_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine [B, 1, L, K] of each position's angles, Hugging Face's order: all first halves, then all second.
 
     From positions, not from a table, so that no length is too long; in float32 whatever the model's dtype.
@@ -100,11 +103,4 @@ def rotary(positions_BL: Tensor, head_dim: int, theta: float, dtype: torch.dtype
     pair_K = torch.arange(0, head_dim, 2, device=positions_BL.device).float() / head_dim
     angles_BLK = positions_BL[..., None].float() * (1.0 / theta**pair_K)
     angles_B1LK = torch.cat((angles_BLK, angles_BLK), dim=-1)[:, None]
-    return angles_B1LK.cos().to(dtype), angles_B1LK.sin().to(dtype)
-
-
-def rotate(x_BHLK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Each pair (x[i], x[i + K/2]) turned by its position's angle (arXiv:2104.09864)."""
-    cos_B1LK, sin_B1LK = rotation
-    first, second = x_BHLK.chunk(2, dim=-1)
-    return x_BHLK * cos_B1LK + torch.cat((-second, first), dim=-1) * sin_B1LK
+    return angles_B1LK.cos(), angles_B1LK.sin()

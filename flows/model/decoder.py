@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from flows.config.model import ModelConfig
-from flows.model.attention import Attention, allowed_keys, positions, rotary
+from flows.model.attention import Attention, allowed_keys, angles, positions
 from flows.model.mixture_of_experts import MixtureOfExperts
-from flows.model.norm import RMSNorm
+from flows.model.norm import AddRMSNorm, RMSNorm
+from kernels.glu import swiglu
 
 
 class FeedForward(nn.Module):
@@ -25,10 +25,11 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.kernels = config.kernels.value
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """What each position adds to its residual stream [B, L, D]."""
-        return self.down_proj(silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+        return self.down_proj(swiglu(self.gate_proj(x_BLD), self.up_proj(x_BLD), self.kernels))
 
 
 class DecoderLayer(nn.Module):
@@ -43,12 +44,13 @@ class DecoderLayer(nn.Module):
             self.mlp = FeedForward(config)
         self._feeds_through = "block_sparse_moe" if config.num_experts else "mlp"
         self.input_layernorm = RMSNorm(config, config.hidden_size)
-        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
+        self.post_attention_layernorm = AddRMSNorm(config, config.hidden_size)
 
     def forward(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
         """The residual stream [B, L, D] after this layer."""
-        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), rotation, allowed_B1LL)
-        return x_BLD + getattr(self, self._feeds_through)(self.post_attention_layernorm(x_BLD))
+        gathered_BLD = self.self_attn(self.input_layernorm(x_BLD), rotation, allowed_B1LL)
+        normalized_BLD, x_BLD = self.post_attention_layernorm(gathered_BLD, x_BLD)
+        return x_BLD + getattr(self, self._feeds_through)(normalized_BLD)
 
 
 class DecoderStack(nn.Module):
@@ -73,7 +75,7 @@ class DecoderStack(nn.Module):
         x_BLD = self.embed_tokens(input_ids_BL)
         positions_BL = positions(input_ids_BL, attention_mask_BL, document_ids_BL, self.first_position)
         allowed_B1LL = allowed_keys(attention_mask_BL, document_ids_BL)
-        rotation = rotary(positions_BL, self.head_dim, self.rope_theta, x_BLD.dtype)
+        rotation = angles(positions_BL, self.head_dim, self.rope_theta)
         for layer in self.layers:
             x_BLD = layer(x_BLD, rotation, allowed_B1LL)
         return self.norm(x_BLD)

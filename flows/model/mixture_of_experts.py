@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot, silu
+from torch.nn.functional import one_hot
 
 from flows.config.model import ModelConfig
+from kernels.glu import swiglu
 
 
 class Expert(nn.Module):
@@ -22,10 +23,11 @@ class Expert(nn.Module):
         self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.kernels = config.kernels.value
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """What the expert makes of each position [B, L, D]."""
-        return self.w2(silu(self.w1(x_BLD)) * self.w3(x_BLD))
+        return self.w2(swiglu(self.w1(x_BLD), self.w3(x_BLD), self.kernels))
 
 
 class MixtureOfExperts(nn.Module):

@@ -1,4 +1,4 @@
-"""Root mean square normalization."""
+"""Root mean square normalization, of activations or of their sum with the residual stream."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.config.model import ModelConfig
-from kernels.rms_norm import rms_norm
+from kernels.norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -21,3 +21,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalized activations [..., width]."""
         return rms_norm(x, self.weight, self.eps, self.kernels)
+
+
+class AddRMSNorm(RMSNorm):
+    """Adds to the residual stream and normalizes the sum, in one pass over memory."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Normalized sum and the sum itself, the new residual stream [..., width]."""
+        return add_rms_norm(x, residual, self.weight, self.eps, self.kernels)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels import dispatch, reference
-from kernels.rms_norm import rms_norm
+from kernels.norm import rms_norm
 
 X, WEIGHT = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), torch.linspace(0.5, 2, 16)
 
