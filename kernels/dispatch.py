@@ -24,13 +24,16 @@ class KernelError(RuntimeError):
     """A kernel was asked for where it cannot run."""
 
 
-def unavailable_reason(kernels: str, device_type: str, columns: int = 1) -> str | None:
+def unavailable_reason(
+    kernels: str, device_type: str, columns: int = 1, max_columns: int | None = None
+) -> str | None:
     """Why what `kernels` asks for cannot be; None if it can.
 
     Args:
         kernels: `auto`, `triton` or `reference`; only `triton` can be impossible.
         device_type: `torch.device.type` of the tensors, e.g. "cpu".
         columns: Width of their rows: a model's hidden size.
+        max_columns: Widest rows that the kernel takes; None = `MAX_COLUMNS`.
     """
     if kernels != "triton":
         return None
@@ -38,24 +41,26 @@ def unavailable_reason(kernels: str, device_type: str, columns: int = 1) -> str 
         return "the package triton is not installed"
     if device_type != "cuda" and not INTERPRETED and not compile_only:
         return f"Triton-language kernels run on CUDA, not on {device_type}, unless TRITON_INTERPRET=1 interprets them"
-    if columns > MAX_COLUMNS:
-        return f"kernels hold rows of up to {MAX_COLUMNS} columns in registers, not {columns}"
+    if columns > (limit := max_columns or MAX_COLUMNS):
+        return f"kernels hold rows of up to {limit} columns in registers, not {columns}"
     return None
 
 
-def runs_kernel(kernels: str, x: Tensor) -> bool:
+def runs_kernel(kernels: str, x: Tensor, columns: int | None = None, max_columns: int | None = None) -> bool:
     """Whether an operation on the rows of `x` runs its kernel.
 
     Args:
         kernels: `auto`: where one can run; `triton`: it must; `reference`: never.
         x: The tensor that the operation is about [..., D].
+        columns: What a kernel holds of a row at once; None = all of it, D.
+        max_columns: The most that this one can; None = `MAX_COLUMNS`.
 
     Raises:
         KernelError: `triton` is asked for and impossible.
     """
     if kernels == "reference":
         return False
-    reason = unavailable_reason("triton", x.device.type, x.shape[-1])
+    reason = unavailable_reason("triton", x.device.type, x.shape[-1] if columns is None else columns, max_columns)
     if reason is None and x.dtype not in DTYPES:
         reason = f"kernels take float32, float16 and bfloat16, not {x.dtype}"
     if reason is not None and kernels == "triton":
