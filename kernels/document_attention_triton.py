@@ -34,23 +34,29 @@ class _Launches(NamedTuple):
     keys: _Launch
 
 
-_WIDE, _NARROW, _FLOAT32 = "heads wider than 64", "heads up to 64", "float32"
+_WIDE, _NARROW, _RAGGED, _FLOAT32 = "heads of 128", "heads up to 64", "widths between powers of two", "float32"
 _CONSTANTS = {
     0: dict.fromkeys(  # the interpreter: several blocks in short sequences, and of unequal sizes
-        (_WIDE, _NARROW, _FLOAT32), _Launches(_Launch(32, 16, 4, 1), _Launch(16, 32, 4, 1), _Launch(16, 32, 4, 1))
+        (_WIDE, _NARROW, _RAGGED, _FLOAT32),
+        _Launches(_Launch(32, 16, 4, 1), _Launch(16, 32, 4, 1), _Launch(32, 16, 4, 1)),
     ),
     80: {
-        _WIDE: _Launches(_Launch(128, 64, 8, 3), _Launch(128, 32, 8, 2), _Launch(128, 32, 8, 2)),
+        _WIDE: _Launches(_Launch(128, 64, 8, 3), _Launch(128, 32, 8, 2), _Launch(64, 64, 8, 2)),
         _NARROW: _Launches(_Launch(128, 64, 4, 3), _Launch(128, 64, 8, 2), _Launch(128, 64, 8, 2)),
-        _FLOAT32: _Launches(_Launch(64, 32, 8, 1), _Launch(32, 32, 8, 1), _Launch(32, 32, 8, 1)),
+        _RAGGED: _Launches(_Launch(64, 64, 4, 3), _Launch(64, 64, 8, 2), _Launch(64, 32, 4, 2)),
+        _FLOAT32: _Launches(_Launch(32, 16, 8, 1), _Launch(16, 16, 8, 1), _Launch(16, 16, 8, 1)),
     },
     90: {
         _WIDE: _Launches(_Launch(128, 64, 8, 3), _Launch(128, 64, 8, 2), _Launch(128, 64, 8, 2)),
         _NARROW: _Launches(_Launch(128, 128, 8, 3), _Launch(128, 64, 8, 3), _Launch(128, 64, 8, 3)),
-        _FLOAT32: _Launches(_Launch(64, 32, 8, 1), _Launch(32, 32, 8, 1), _Launch(32, 32, 8, 1)),
+        _RAGGED: _Launches(_Launch(128, 64, 8, 3), _Launch(128, 32, 8, 3), _Launch(128, 32, 8, 3)),
+        _FLOAT32: _Launches(_Launch(32, 16, 8, 1), _Launch(16, 16, 8, 1), _Launch(16, 16, 8, 1)),
     },
 }
 """Block sizes by architecture: chosen from what compiles without spilling, not measured. Architecture 100 takes 90's."""
+
+
+PRECISION = tl.constexpr("ieee")
 
 
 @triton.jit
@@ -89,7 +95,7 @@ def _look(
     for start in range(begin, end, WALKED):
         keys_inside = start + keys < length
         k = _load(k_ptr + k_tile, keys_inside, columns_inside, not BORDER, ALL_COLUMNS)  # [WALKED, WIDTH]
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [KEPT, WALKED]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [KEPT, WALKED]
         if BORDER:
             key = (start + keys)[None, :]
             scores = tl.where((key <= rows[:, None]) & (key >= first[:, None]), scores, -float("inf"))
@@ -98,7 +104,7 @@ def _look(
         shrink = tl.exp2(best - better)
         total = total * shrink + tl.sum(weights, 1)
         v = _load(v_ptr + v_tile, keys_inside, columns_inside, not BORDER, ALL_COLUMNS)  # [WALKED, WIDTH]
-        y = tl.dot(weights.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")  # [KEPT, WIDTH]
+        y = tl.dot(weights.to(v.dtype), v, y * shrink[:, None], input_precision=PRECISION)  # [KEPT, WIDTH]
         best = better
         k_ptr += WALKED * k_row
         v_ptr += WALKED * v_row
@@ -142,7 +148,7 @@ def _forward(
     y_tile = y_ptr + ((batch * length + rows)[:, None] * num_heads + head) * width + columns[None, :]
     inside = rows_inside[:, None] & columns_inside[None, :]
     tl.store(y_tile, (y / total[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + (batch * num_heads + head) * length + rows, best + tl.log2(total), mask=rows_inside)
+    tl.store(lse_ptr + (batch * num_heads + head) * length + rows, (best + tl.log2(total)) / scale, mask=rows_inside)
 
 
 @triton.jit
@@ -160,14 +166,14 @@ def _look_back(
         keys_inside = start + keys < length
         k = _load(k_ptr + k_tile, keys_inside, columns_inside, not BORDER, ALL_COLUMNS)  # [WALKED, WIDTH]
         v = _load(v_ptr + v_tile, keys_inside, columns_inside, not BORDER, ALL_COLUMNS)  # [WALKED, WIDTH]
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [KEPT, WALKED]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [KEPT, WALKED]
         weights = tl.exp2(scores * scale - lse[:, None])
         if BORDER:
             key = (start + keys)[None, :]
             weights = tl.where((key <= rows[:, None]) & (key >= first[:, None]), weights, 0.0)
-        dweights = tl.dot(dy, tl.trans(v), input_precision="ieee")  # [KEPT, WALKED]
+        dweights = tl.dot(dy, tl.trans(v), input_precision=PRECISION)  # [KEPT, WALKED]
         dscores = weights * (dweights - delta[:, None])
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")  # [KEPT, WIDTH]
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)  # [KEPT, WIDTH]
         k_ptr += WALKED * k_row
         v_ptr += WALKED * v_row
     return dq
@@ -193,7 +199,7 @@ def _backward_queries(
     dy = _load(dy_ptr + tile, rows_inside, columns_inside, False, ALL_COLUMNS)  # [KEPT, WIDTH]
     y = _load(y_ptr + tile, rows_inside, columns_inside, False, ALL_COLUMNS)  # [KEPT, WIDTH]
     per_row = (batch * num_heads + head) * length + rows
-    lse = tl.load(lse_ptr + per_row, mask=rows_inside, other=0.0)  # [KEPT]
+    lse = tl.load(lse_ptr + per_row, mask=rows_inside, other=0.0) * score_scale  # [KEPT]
     delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)  # [KEPT]
     tl.store(delta_ptr + per_row, delta, mask=rows_inside)  # for the keys' kernel
     k_ptr += batch * k_batch + head // GROUP * k_head
@@ -217,45 +223,50 @@ def _backward_queries(
 
 @triton.jit
 def _be_looked_at(
-    dk, dv, k, v, dy_ptr, q_ptr, lse_ptr, delta_ptr, first_ptr, q_head, q_row, dy_row, head, keys, columns,
-    columns_inside, begin, end, length, width, scale,
-    BORDER: tl.constexpr, GROUP: tl.constexpr, ALL_COLUMNS: tl.constexpr, WALKED: tl.constexpr,
+    dk, dv, k, v, dy_ptr, q_ptr, lse_ptr, delta_ptr, q_head, q_row, dy_row, head, keys, ends, columns,
+    columns_inside, begin, end, again, again_end, length, width, scale,
+    BORDER: tl.constexpr, GROUP: tl.constexpr, ALL_COLUMNS: tl.constexpr, KEPT: tl.constexpr, WALKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the gradients of a block of keys and values what the queries from `begin` to `end` of all heads do."""
+    """Adds to the gradients of keys and values what queries of all heads do: from `begin` to `end`, then from `again`."""
     local = tl.arange(0, WALKED)
     q_tile = local[:, None] * q_row + columns[None, :]  # [WALKED, WIDTH]
     dy_tile = local[:, None] * dy_row + columns[None, :]
-    num_blocks = tl.cdiv(tl.maximum(end - begin, 0), WALKED)
+    until = tl.cdiv(end - begin, WALKED)
+    num_blocks = until + tl.cdiv(again_end - again, WALKED)
     for index in range(0, GROUP * num_blocks):  # one loop, so that loads run ahead from head to head
         member = head + index // num_blocks
-        start = begin + index % num_blocks * WALKED
+        block = index % num_blocks
+        start = tl.where(block < until, begin + block * WALKED, again + (block - until) * WALKED)
         rows = start + local
         rows_inside = rows < length
         q_block = q_ptr + member * q_head + start.to(tl.int64) * q_row
         dy_block = dy_ptr + member * width + start.to(tl.int64) * dy_row
         q = _load(q_block + q_tile, rows_inside, columns_inside, not BORDER, ALL_COLUMNS)  # [WALKED, WIDTH]
         dy = _load(dy_block + dy_tile, rows_inside, columns_inside, not BORDER, ALL_COLUMNS)  # [WALKED, WIDTH]
+        per_row = member * length + start
         if BORDER:
-            lse = tl.load(lse_ptr + member * length + rows, mask=rows_inside, other=0.0)  # [WALKED]
-            delta = tl.load(delta_ptr + member * length + rows, mask=rows_inside, other=0.0)
+            lse = tl.load(lse_ptr + per_row + local, mask=rows_inside, other=0.0)  # [WALKED]
+            delta = tl.load(delta_ptr + per_row + local, mask=rows_inside, other=0.0)
         else:
-            lse = tl.load(lse_ptr + member * length + rows)
-            delta = tl.load(delta_ptr + member * length + rows)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [KEPT, WALKED]
-        weights = tl.exp2(scores * scale - lse[None, :])
+            lse = tl.load(lse_ptr + per_row + local)
+            delta = tl.load(delta_ptr + per_row + local)
+        # sums start at what is subtracted from them, which frees the registers that it would wait in
+        start_at = tl.broadcast_to(-lse[None, :], (KEPT, WALKED))
+        scores = tl.dot(k, tl.trans(q), start_at, input_precision=PRECISION) * scale  # [KEPT, WALKED]
         if BORDER:
-            first = tl.load(first_ptr + rows, mask=rows_inside, other=length)  # [WALKED]; nothing looks from outside
-            weights = tl.where((keys[:, None] <= rows[None, :]) & (keys[:, None] >= first[None, :]), weights, 0.0)
-        dv = tl.dot(weights.to(dy.dtype), dy, dv, input_precision="ieee")  # [KEPT, WIDTH]
-        dweights = tl.dot(v, tl.trans(dy), input_precision="ieee")  # [KEPT, WALKED]
-        dscores = weights * (dweights - delta[None, :])
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")  # [KEPT, WIDTH]
+            row = rows[None, :]
+            scores = tl.where((row >= keys[:, None]) & (row < ends[:, None]), scores, -float("inf"))
+        weights = tl.exp2(scores)
+        dv = tl.dot(weights.to(dy.dtype), dy, dv, input_precision=PRECISION)  # [KEPT, WIDTH]
+        start_at = tl.broadcast_to(-delta[None, :], (KEPT, WALKED))
+        dscores = weights * tl.dot(v, tl.trans(dy), start_at, input_precision=PRECISION)  # [KEPT, WALKED]
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)  # [KEPT, WIDTH]
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["length"])
 def _backward_keys(
-    dy_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, first_ptr, end_ptr, dk_ptr, dv_ptr,
+    dy_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, end_ptr, dk_ptr, dv_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, length, width, scale, score_scale,
     GROUP: tl.constexpr, ALL_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr, WALKED: tl.constexpr,
 ):  # fmt: skip
@@ -273,6 +284,7 @@ def _backward_keys(
     # queries: from the first that looks at a key of the block, those that see them all, and the last document's rest
     end_ptr += batch * length
     begin = block_start // WALKED * WALKED
+    ends = tl.load(end_ptr + keys, mask=keys_inside, other=0)  # [KEPT]; nothing looks at what is outside
     end = tl.load(end_ptr + tl.minimum(block_start + KEPT, length) - 1)
     whole = tl.minimum(tl.cdiv(block_start + KEPT - 1, WALKED) * WALKED, end)
     rest = tl.maximum(tl.load(end_ptr + block_start) // WALKED * WALKED, whole)
@@ -281,21 +293,16 @@ def _backward_keys(
     dy_ptr += batch * length * dy_row
     lse_ptr += batch * num_heads * length
     delta_ptr += batch * num_heads * length
-    first_ptr += batch * length
     head = key_head * GROUP
     dk = tl.zeros((KEPT, WIDTH), tl.float32)
     dv = tl.zeros((KEPT, WIDTH), tl.float32)
     dk, dv = _be_looked_at(
-        dk, dv, k, v, dy_ptr, q_ptr, lse_ptr, delta_ptr, first_ptr, q_head, q_row, dy_row, head, keys, columns,
-        columns_inside, begin, whole, length, width, score_scale, True, GROUP, ALL_COLUMNS, WALKED,
+        dk, dv, k, v, dy_ptr, q_ptr, lse_ptr, delta_ptr, q_head, q_row, dy_row, head, keys, ends, columns,
+        columns_inside, begin, whole, rest, end, length, width, score_scale, True, GROUP, ALL_COLUMNS, KEPT, WALKED,
     )  # fmt: skip
     dk, dv = _be_looked_at(
-        dk, dv, k, v, dy_ptr, q_ptr, lse_ptr, delta_ptr, first_ptr, q_head, q_row, dy_row, head, keys, columns,
-        columns_inside, whole, rest, length, width, score_scale, False, GROUP, ALL_COLUMNS, WALKED,
-    )  # fmt: skip
-    dk, dv = _be_looked_at(
-        dk, dv, k, v, dy_ptr, q_ptr, lse_ptr, delta_ptr, first_ptr, q_head, q_row, dy_row, head, keys, columns,
-        columns_inside, rest, end, length, width, score_scale, True, GROUP, ALL_COLUMNS, WALKED,
+        dk, dv, k, v, dy_ptr, q_ptr, lse_ptr, delta_ptr, q_head, q_row, dy_row, head, keys, ends, columns,
+        columns_inside, whole, rest, rest, rest, length, width, score_scale, False, GROUP, ALL_COLUMNS, KEPT, WALKED,
     )  # fmt: skip
     tile = ((batch * length + keys)[:, None] * num_key_heads + key_head) * width + columns[None, :]
     inside = keys_inside[:, None] & columns_inside[None, :]
@@ -304,7 +311,7 @@ def _backward_keys(
 
 
 def document_attention_fwd(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of values [B, H, L, K], and each query's log2 of the sum of exponentials [B, H, L] in float32.
+    """Means of values [B, H, L, K], and the log of each query's sum of exponentials [B, H, L], in float32 and unscaled.
 
     Args:
         q: Queries [B, H, L, K]; of these three a row's elements lie together, all else as it may.
@@ -355,7 +362,7 @@ def document_attention_bwd(
         )
         launch = _launches(q).keys
         _backward_keys[(k.shape[1], triton.cdiv(length, launch.kept), batch)](
-            dy, q, k, v, lse, delta, first, end, dk, dv, *strides, *scales, **_options(q, k, launch)
+            dy, q, k, v, lse, delta, end, dk, dv, *strides, *scales, **_options(q, k, launch)
         )
     return dq, dk, dv
 
@@ -375,7 +382,13 @@ def _score_scale(width: int) -> float:
 
 
 def _launches(q: Tensor) -> _Launches:
-    kind = _FLOAT32 if q.dtype == torch.float32 else _NARROW if q.shape[3] <= 64 else _WIDE
+    width = q.shape[3]
+    if q.dtype == torch.float32:
+        kind = _FLOAT32
+    elif width != max(16, triton.next_power_of_2(width)):
+        kind = _RAGGED
+    else:
+        kind = _WIDE if width > 64 else _NARROW
     return constants(_CONSTANTS, q.device)[kind]
 
 

@@ -92,7 +92,6 @@ WORKLOADS = [
     _workload(8, 128, torch.bfloat16),
     _workload(1, 128, torch.bfloat16),
     _workload(8, 64, torch.bfloat16),
-    _workload(8, 64, torch.float16),
     _workload(8, 80, torch.bfloat16),
     _workload(8, 128, torch.float32),
 ]
