@@ -166,11 +166,11 @@ def _look_back(
         keys_inside = start + keys < length
         k = _load(k_ptr + k_tile, keys_inside, columns_inside, not BORDER, ALL_COLUMNS)  # [WALKED, WIDTH]
         v = _load(v_ptr + v_tile, keys_inside, columns_inside, not BORDER, ALL_COLUMNS)  # [WALKED, WIDTH]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [KEPT, WALKED]
-        weights = tl.exp2(scores * scale - lse[:, None])
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None]  # [KEPT, WALKED]
         if BORDER:
             key = (start + keys)[None, :]
-            weights = tl.where((key <= rows[:, None]) & (key >= first[:, None]), weights, 0.0)
+            scores = tl.where((key <= rows[:, None]) & (key >= first[:, None]), scores, -float("inf"))
+        weights = tl.exp2(scores)
         dweights = tl.dot(dy, tl.trans(v), input_precision=PRECISION)  # [KEPT, WALKED]
         dscores = weights * (dweights - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)  # [KEPT, WIDTH]
