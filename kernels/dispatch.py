@@ -24,9 +24,7 @@ class KernelError(RuntimeError):
     """A kernel was asked for where it cannot run."""
 
 
-def unavailable_reason(
-    kernels: str, device_type: str, columns: int = 1, max_columns: int | None = None
-) -> str | None:
+def unavailable_reason(kernels: str, device_type: str, columns: int = 1, max_columns: int | None = None) -> str | None:
     """Why what `kernels` asks for cannot be; None if it can.
 
     Args:

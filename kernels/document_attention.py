@@ -1,6 +1,6 @@
 # torch.autograd has few types:
 # mypy: disable-error-code="no-untyped-call, untyped-decorator"
-"""Causal attention within documents: what models call; kernels and launches are in `kernels.document_attention_triton`."""
+"""Causal attention within documents: what models call; its kernels are in `kernels.document_attention_triton`."""
 
 from typing import Any, NamedTuple
 

@@ -34,7 +34,7 @@ class _Launches(NamedTuple):
     keys: _Launch
 
 
-_WIDE, _NARROW, _RAGGED, _FLOAT32 = "heads of 128", "heads up to 64", "widths between powers of two", "float32"
+_WIDE, _NARROW, _RAGGED, _FLOAT32 = "heads of 128", "heads up to 64", "between powers of two", "float32"
 _CONSTANTS = {
     0: dict.fromkeys(  # the interpreter: several blocks in short sequences, and of unequal sizes
         (_WIDE, _NARROW, _RAGGED, _FLOAT32),
@@ -227,7 +227,7 @@ def _be_looked_at(
     columns_inside, begin, end, again, again_end, length, width, scale,
     BORDER: tl.constexpr, GROUP: tl.constexpr, ALL_COLUMNS: tl.constexpr, KEPT: tl.constexpr, WALKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the gradients of keys and values what queries of all heads do: from `begin` to `end`, then from `again`."""
+    """Adds to the gradients of keys and values what queries of all heads do: `begin` to `end`, then `again` to its end."""
     local = tl.arange(0, WALKED)
     q_tile = local[:, None] * q_row + columns[None, :]  # [WALKED, WIDTH]
     dy_tile = local[:, None] * dy_row + columns[None, :]

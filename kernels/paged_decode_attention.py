@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence: what serving calls; kernels are in `kernels.paged_decode_attention_triton`."""
+"""Attention of one new token per sequence; its kernels are in `kernels.paged_decode_attention_triton`."""
 
 from torch import Tensor
 
@@ -48,6 +48,8 @@ def paged_decode_attention(
         ValueError: The shapes do not fit.
     """
     sequences, heads, width = q.shape
+    if not q.dtype == k_pages.dtype == v_pages.dtype:
+        raise ValueError(f"q is {q.dtype}, k_pages {k_pages.dtype}, v_pages {v_pages.dtype}; they have to be the same")
     if k_pages.shape != v_pages.shape or k_pages.shape[3] != width or heads % k_pages.shape[2]:
         raise ValueError(
             f"k_pages has shape {list(k_pages.shape)} and v_pages {list(v_pages.shape)}; q of shape {list(q.shape)} "

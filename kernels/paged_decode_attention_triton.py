@@ -20,18 +20,18 @@ from kernels.launch_constants import constants
 
 
 class _Launch(NamedTuple):
-    """Tokens of a part, those in flight at once, parts merged at once, and how the kernel runs."""
+    """Tokens of a part, bytes of keys in flight at once, parts merged at once, and how the kernel runs."""
 
     part: int
-    block: int
+    tile_bytes: int
     merged: int
     warps: int
     stages: int
 
 
 _CONSTANTS = {
-    0: _Launch(32, 16, 2, 4, 1),  # the interpreter: several parts in short sequences
-    80: _Launch(256, 64, 16, 4, 3),
+    0: _Launch(32, 1024, 2, 4, 1),  # the interpreter: several parts in short sequences
+    80: _Launch(256, 16384, 16, 4, 3),
 }
 """By architecture; 256 tokens occupy every processor with one sequence of 4096 and 8 heads. Not measured."""
 
@@ -136,11 +136,13 @@ def paged_decode_attention_fwd(
         parts = torch.empty((sequences, heads, num_parts, width), dtype=torch.float32, device=q.device)
         lse = torch.empty((sequences, heads, num_parts), dtype=torch.float32, device=q.device)
         group, padded = heads // key_heads, max(16, triton.next_power_of_2(width))
+        block = min(launch.part, max(16, launch.tile_bytes // (padded * q.element_size())))
         _attend_to_part[(num_parts, key_heads, sequences)](
             q, k_pages, v_pages, page_table, lengths, parts, lse,
             *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0), width,
             width**-0.5 * math.log2(math.e), GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), WIDTH=padded,
-            PAGE=page, PART=launch.part, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
+            PAGE=page, PART=launch.part, BLOCK=block, num_stages=launch.stages,
+            num_warps=launch.warps * q.element_size() // 2,  # float32 has no matrix unit and takes registers instead
         )  # fmt: skip
         _merge[(heads, sequences)](
             parts, lse, lengths, y, num_parts, width, WIDTH=padded, PART=launch.part, MERGED=launch.merged

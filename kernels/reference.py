@@ -42,9 +42,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> Tensor
     return scaled_dot_product_attention(q, k, v, allowed[:, None], enable_gqa=q.shape[1] != k.shape[1])
 
 
-def paged_decode_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor
-) -> Tensor:
+def paged_decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor) -> Tensor:
     """Means of each sequence's cached values, weighted by softmax(q k / sqrt(K)), for one query per sequence and head.
 
     Args:

@@ -1,4 +1,4 @@
-"""Drawing the next token of each request: what serving calls; kernels are in `kernels.sample_tokens_triton`."""
+"""Drawing the next token of each request: its kernel is in `kernels.sample_tokens_triton`."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ MAX_VOCABULARY = 2**22
 """Tokens whose integer weights of up to 2^40 add up without overflow."""
 
 
-def _fwd_fake(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, step: Tensor
-) -> Tensor:
+def _fwd_fake(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, step: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 

@@ -23,9 +23,8 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str,
 
     documents = torch.arange(length, device=device)[None] // sizes["length"]
     query_heads, key_heads = sizes["heads"], sizes["key_heads"]
-    return {
-        "q": normal(query_heads), "k": normal(key_heads), "v": normal(key_heads), "documents": document_bounds(documents)
-    }  # fmt: skip
+    q, k, v = normal(query_heads), normal(key_heads), normal(key_heads)
+    return {"q": q, "k": k, "v": v, "documents": document_bounds(documents)}
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, documents: DocumentBounds) -> Tensor:

@@ -25,9 +25,7 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str,
     }
 
 
-def _sorted(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, step: Tensor
-) -> Tensor:
+def _sorted(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, step: Tensor) -> Tensor:
     """What servers write in plain torch: not the same draw, which has another source of chance."""
     scores, tokens = (logits / temperature[:, None]).sort(1, descending=True)
     place = torch.arange(scores.shape[1], device=scores.device)

@@ -135,7 +135,7 @@ def test_parts_of_one_projection(device: str) -> None:
     joined = torch.cat([x.transpose(1, 2).flatten(2) for x in case[:3]], dim=-1)
     q, k, v = (x.unflatten(-1, (-1, 8)).transpose(1, 2) for x in joined.split((16, 8, 8), dim=-1))
     assert torch.equal(q, case.q)
-    assert not (q.is_contiguous() or k.is_contiguous())
+    assert not any(x.is_contiguous() for x in (q, k, v))
     check(Case(q, k, v, case.dy[:1, :1, :1, :1].expand_as(case.dy), case.documents))
 
 
