@@ -53,7 +53,7 @@ _CONSTANTS = {
         _FLOAT32: _Launches(_Launch(32, 16, 8, 1), _Launch(16, 16, 8, 1), _Launch(16, 16, 8, 1)),
     },
 }
-"""Block sizes by architecture: chosen from what compiles without spilling, not measured. Architecture 100 takes 90's."""
+"""Block sizes by architecture: what compiles without spilling; not measured. Architecture 100 takes 90's."""
 
 
 PRECISION = tl.constexpr("ieee")
@@ -227,7 +227,7 @@ def _be_looked_at(
     columns_inside, begin, end, again, again_end, length, width, scale,
     BORDER: tl.constexpr, GROUP: tl.constexpr, ALL_COLUMNS: tl.constexpr, KEPT: tl.constexpr, WALKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the gradients of keys and values what queries of all heads do: `begin` to `end`, then `again` to its end."""
+    """Adds to the gradients of keys and values what queries of all heads do, in two stretches."""
     local = tl.arange(0, WALKED)
     q_tile = local[:, None] * q_row + columns[None, :]  # [WALKED, WIDTH]
     dy_tile = local[:, None] * dy_row + columns[None, :]
