@@ -42,17 +42,17 @@ def document_bounds(document_ids: Tensor) -> DocumentBounds:
 
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_beside(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _bwd_fake(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, first: Tensor, end: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v)
+    return empty_beside(q), empty_beside(k), empty_beside(v)
 
 
-def _like(x: Tensor) -> Tensor:
-    """[B, H, L, K] with tokens before heads in memory, as projections take and give them."""
+def empty_beside(x: Tensor) -> Tensor:
+    """Uninitialized [B, H, L, K] like `x` with tokens before heads in memory, as the next projection takes them."""
     batch, heads, length, width = x.shape
     return x.new_empty((batch, length, heads, width)).transpose(1, 2)
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.document_attention import empty_beside
 from kernels.launch_constants import constants
 
 
@@ -321,7 +322,7 @@ def document_attention_fwd(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tu
     """
     batch, heads, length, width = q.shape
     q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
-    y = _empty_like(q)
+    y = empty_beside(q)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
     if q.numel():
         launch = _launches(q).forward
@@ -350,7 +351,7 @@ def document_attention_bwd(
     batch, heads, length, width = q.shape
     q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
     dy, y = (x.transpose(1, 2).contiguous() for x in (dy, y))  # tokens before heads, as they are where models call
-    dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
+    dq, dk, dv = empty_beside(q), empty_beside(k), empty_beside(v)
     if q.numel():
         delta = torch.empty_like(lse)
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
@@ -371,14 +372,8 @@ def _rows_together(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    """[B, H, L, K] with tokens before heads in memory, so that the projection that follows copies nothing."""
-    batch, heads, length, width = x.shape
-    return torch.empty((batch, length, heads, width), dtype=x.dtype, device=x.device).transpose(1, 2)
-
-
 def _score_scale(width: int) -> float:
-    return width**-0.5 * math.log2(math.e)
+    return math.log2(math.e) / math.sqrt(width)
 
 
 def _launches(q: Tensor) -> _Launches:

@@ -61,7 +61,8 @@ def paged_decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_tab
     places = page_table[:, token // page].where(cached, 0).long(), (token % page).expand_as(cached)
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v = (pages[places].to(wide).where(cached[..., None, None], 0) for pages in (k_pages, v_pages))  # [S, T, G, K]
-    scores = torch.einsum("sgmk,stgk->sgmt", q.to(wide).unflatten(1, (key_heads, -1)), k) * q.shape[2] ** -0.5
+    grouped = q.to(wide).reshape(len(q), key_heads, -1, q.shape[2])
+    scores = torch.einsum("sgmk,stgk->sgmt", grouped, k) * q.shape[2] ** -0.5
     weights = scores.masked_fill(~cached[:, None, None], -torch.inf).softmax(-1).nan_to_num(0)
     return torch.einsum("sgmt,stgk->sgmk", weights, v).flatten(1, 2).to(q.dtype)
 

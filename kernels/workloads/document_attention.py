@@ -52,7 +52,7 @@ def _flex_attention(q: Tensor, k: Tensor, v: Tensor, documents: DocumentBounds) 
     if mark not in _masks:  # made once for all layers of a model, and so not timed
         _masks.clear()
         _masks[mark] = create_block_mask(allowed, q.shape[0], None, length, length, device=str(q.device))
-    return _flex(q, k, v, block_mask=_masks[mark], enable_gqa=q.shape[1] != k.shape[1])  # type: ignore[no-any-return]
+    return _flex(q, k, v, block_mask=_masks[mark], enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _workload(documents: int, width: int, dtype: torch.dtype, key_heads: int = 8) -> Workload:
