@@ -57,8 +57,8 @@ def _scores(logits_ptr, columns, vocabulary):
 
 @triton.jit
 def _keys(scores):
-    """Integers in the order of the scores: bits of negative numbers are turned, and there is one zero."""
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    """Integers in the order of the scores: their bits, those of negative numbers turned."""
+    bits = scores.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 

@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    torch.float32: Shape(3, 1, 16, 16, (70, 0, 1)),  # more than two parts, an empty sequence
+    torch.float32: Shape(3, 1, 16, 16, (96, 0, 1)),  # more parts than are merged at once, an empty sequence
     torch.float16: Shape(2, 2, 12, 5, (33, 32)),  # pages and widths that are no powers of two
     torch.bfloat16: Shape(4, 2, 8, 64, (65,)),
 }
@@ -57,6 +57,8 @@ def made(shape: Shape, dtype: torch.dtype, device: str) -> Case:
     for kept in (k, v):  # what no token has filled yet is not looked at
         filled = torch.zeros(cache[:2], dtype=torch.bool)
         for length, mine in zip(shape.lengths, numbers, strict=True):
+            position = torch.arange(len(mine) * shape.page).view(-1, shape.page, 1, 1)
+            kept[mine] *= 1 + position / 20  # later tokens tend to score higher: a maximum is not found at once
             filled[mine] = (torch.arange(len(mine) * shape.page) < length).unflatten(0, (-1, shape.page))
         kept[~filled] = torch.nan
     q = 2 * torch.randn(len(pages), shape.heads, shape.width, generator=generator)
