@@ -61,6 +61,7 @@ def _check_device(run: TrainingRun) -> None:
     import torch
 
     from kernels.dispatch import unavailable_reason
+    from kernels.document_attention import MAX_HEAD_WIDTH
 
     ranks_are_here = run.launcher.kind in (LauncherKind.local, LauncherKind.rendezvous)
     device = "cuda" if run.engine.device != Device.cpu and torch.cuda.is_available() else "cpu"
@@ -83,6 +84,9 @@ def _check_device(run: TrainingRun) -> None:
 
         if reason := why_no_nvme(nvme_path, device):
             raise ConfigError(f"engine.nvme_path={nvme_path} cannot be used: {reason}.")
-    if reason := unavailable_reason(run.model.kernels, device, run.model.hidden_size):
+    reason = unavailable_reason(run.model.kernels, device, run.model.hidden_size)
+    if run.document_masks:
+        reason = reason or unavailable_reason(run.model.kernels, device, run.model.head_dim, MAX_HEAD_WIDTH)
+    if reason:
         field = f"{run.model_section}.kernels"
         raise ConfigError(f"{field}=triton cannot run here: {reason}. Set {field}=auto.")

@@ -19,7 +19,7 @@ def register(schema: str, module: str, fake: Callable[..., Any]) -> Callable[...
 
     Args:
         schema: Name, arguments and results, e.g. "rms_norm_fwd(Tensor x, float eps) -> Tensor"; in place: "Tensor(a!)".
-        module: Where the host function is, e.g. "kernels.rms_norm_triton".
+        module: Where the host function is, e.g. "kernels.norm_triton".
         fake: Empty results of the right shapes and dtypes, from the same arguments.
     """
     name = schema.partition("(")[0]

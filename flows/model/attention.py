@@ -15,18 +15,22 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flows.config.model import ModelConfig
 from flows.model.norm import RMSNorm
+from kernels.document_attention import DocumentBounds, attends_by_kernel, document_attention, document_bounds
 from kernels.rotary import rotary
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Visible = Tensor | DocumentBounds | None
+"""Which keys each query may look at: those allowed [B, 1, L, L], those of its document up to itself, all up to itself.
+"""
+Attend = Callable[[Tensor, Tensor, Tensor, Visible], Tensor]
 """What `attend` does, perhaps together with other ranks."""
 
 
-def attend(q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, allowed_B1LL: Tensor | None) -> Tensor:
-    """Mean of the values, weighted by softmax(q k / sqrt(K)) [B, H, L, K]; `None` allows all keys up to the query's."""
+def attend(q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, visible: Visible) -> Tensor:
+    """Mean of the values of visible keys, weighted by softmax(q k / sqrt(K)) [B, H, L, K]."""
+    if not isinstance(visible, Tensor):
+        return document_attention(q_BHLK, k_BGLK, v_BGLK, visible)
     grouped = q_BHLK.shape[1] != k_BGLK.shape[1]
-    return scaled_dot_product_attention(
-        q_BHLK, k_BGLK, v_BGLK, allowed_B1LL, is_causal=allowed_B1LL is None, enable_gqa=grouped
-    )
+    return scaled_dot_product_attention(q_BHLK, k_BGLK, v_BGLK, visible, enable_gqa=grouped)
 
 
 class Attention(nn.Module):
@@ -46,15 +50,39 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
-        """What each position gathers from those it may look at [B, L, D]; `None` allows all up to itself."""
+    def forward(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
+        """What each position gathers from those it may look at [B, L, D]."""
         split = (*x_BLD.shape[:2], -1, self.head_dim)
         q_BHLK = self.q_norm(self.q_proj(x_BLD).view(split)).transpose(1, 2)
         k_BGLK = self.k_norm(self.k_proj(x_BLD).view(split)).transpose(1, 2)
         q_BHLK, k_BGLK = rotary(q_BHLK, k_BGLK, *rotation, self.kernels)
         v_BGLK = self.v_proj(x_BLD).view(split).transpose(1, 2)
-        y_BHLK = self.attend(q_BHLK, k_BGLK, v_BGLK, allowed_B1LL)
+        y_BHLK = self.attend(q_BHLK, k_BGLK, v_BGLK, visible)
         return self.o_proj(y_BHLK.transpose(1, 2).flatten(2))
+
+
+def visible_keys(
+    x_BLD: Tensor,
+    head_dim: int,
+    kernels: str,
+    attention_mask_BL: Tensor | None = None,
+    document_ids_BL: Tensor | None = None,
+) -> Visible:
+    """What each query may look at, made once for all layers: for the kernel no mask of all pairs, only documents' ends.
+
+    Args:
+        x_BLD: Residual stream: its dtype and device decide whether a kernel can run.
+        head_dim: Width of an attention head.
+        kernels: `auto`, `triton` or `reference`. Padding has no kernel: the library's attention masks it.
+        attention_mask_BL: 1 for real tokens, 0 for padding.
+        document_ids_BL: Number of the document that each token belongs to.
+
+    Raises:
+        KernelError: `triton` is asked for and impossible.
+    """
+    if document_ids_BL is None or attention_mask_BL is not None or not attends_by_kernel(kernels, x_BLD, head_dim):
+        return allowed_keys(attention_mask_BL, document_ids_BL)
+    return document_bounds(document_ids_BL)
 
 
 def allowed_keys(attention_mask_BL: Tensor | None, document_ids_BL: Tensor | None = None) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.config.model import ModelConfig
-from flows.model.attention import Attention, allowed_keys, angles, positions
+from flows.model.attention import Attention, Visible, angles, positions, visible_keys
 from flows.model.mixture_of_experts import MixtureOfExperts
 from flows.model.norm import AddRMSNorm, RMSNorm
 from kernels.glu import swiglu
@@ -46,9 +46,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config, config.hidden_size)
         self.post_attention_layernorm = AddRMSNorm(config, config.hidden_size)
 
-    def forward(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
         """The residual stream [B, L, D] after this layer."""
-        gathered_BLD = self.self_attn(self.input_layernorm(x_BLD), rotation, allowed_B1LL)
+        gathered_BLD = self.self_attn(self.input_layernorm(x_BLD), rotation, visible)
         normalized_BLD, x_BLD = self.post_attention_layernorm(gathered_BLD, x_BLD)
         return x_BLD + getattr(self, self._feeds_through)(normalized_BLD)
 
@@ -66,6 +66,7 @@ class DecoderStack(nn.Module):
         self.norm = RMSNorm(config, config.hidden_size)
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta
+        self.kernels = config.kernels.value
         self.first_position = 0  # of the tokens given, where other ranks have those before them
 
     def forward(
@@ -74,10 +75,10 @@ class DecoderStack(nn.Module):
         """Hidden states [B, L, D]; see `Decoder.forward_hidden`."""
         x_BLD = self.embed_tokens(input_ids_BL)
         positions_BL = positions(input_ids_BL, attention_mask_BL, document_ids_BL, self.first_position)
-        allowed_B1LL = allowed_keys(attention_mask_BL, document_ids_BL)
+        visible = visible_keys(x_BLD, self.head_dim, self.kernels, attention_mask_BL, document_ids_BL)
         rotation = angles(positions_BL, self.head_dim, self.rope_theta)
         for layer in self.layers:
-            x_BLD = layer(x_BLD, rotation, allowed_B1LL)
+            x_BLD = layer(x_BLD, rotation, visible)
         return self.norm(x_BLD)
 
 

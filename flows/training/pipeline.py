@@ -18,7 +18,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
 from flows.config.training import TrainingRun
-from flows.model.attention import allowed_keys, angles, positions
+from flows.model.attention import angles, positions, visible_keys
 from flows.model.decoder import Decoder, DecoderLayer, DecoderStack
 from flows.training.batches import Batch
 from flows.training.objectives import Loss, cross_entropy
@@ -87,12 +87,14 @@ class _Layer(nn.Module):
         super().__init__()
         self.layer = layer
         self._head_dim, self._rope_theta, self._first = stack.head_dim, stack.rope_theta, stack.first_position
+        self._kernels = stack.kernels
 
     def forward(self, carried: Carried) -> Carried:
         x_BLD, document_ids_BL = carried if isinstance(carried, tuple) else (carried, None)
         positions_BL = positions(x_BLD, None, document_ids_BL, self._first)
         rotation = angles(positions_BL, self._head_dim, self._rope_theta)
-        y_BLD = cast(Tensor, self.layer(x_BLD, rotation, allowed_keys(None, document_ids_BL)))
+        visible = visible_keys(x_BLD, self._head_dim, self._kernels, None, document_ids_BL)
+        y_BLD = cast(Tensor, self.layer(x_BLD, rotation, visible))
         return y_BLD if document_ids_BL is None else (y_BLD, document_ids_BL)
 
 

@@ -16,7 +16,7 @@ from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor, nn
 
 from flows.config.training import TrainingRun
-from flows.model.attention import attend
+from flows.model.attention import Visible, attend
 from flows.model.decoder import Decoder, DecoderLayer
 from flows.training.rank_layout import RankLayout
 
@@ -40,8 +40,8 @@ def share_sequences(model: Decoder, run: TrainingRun) -> None:
 class _WholeSequences(nn.Module):
     """Attention over whole sequences, of some heads, with tokens before heads: [B, L, H, K]."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, allowed_B1LL: Tensor | None) -> Tensor:
-        return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), allowed_B1LL).transpose(1, 2)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+        return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible).transpose(1, 2)
 
 
 class _Ulysses(nn.Module):
@@ -51,7 +51,7 @@ class _Ulysses(nn.Module):
         super().__init__()
         self._attention = DistributedAttention(_WholeSequences(), group, scatter_idx=2, gather_idx=1)
 
-    def forward(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, allowed_B1LL: Tensor | None) -> Tensor:
+    def forward(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, visible: Visible) -> Tensor:
         tokens_first = (x.transpose(1, 2).contiguous() for x in (q_BHLK, k_BGLK, v_BGLK))
-        y_BLHK: torch.Tensor = self._attention(*tokens_first, 0, allowed_B1LL=allowed_B1LL)
+        y_BLHK: torch.Tensor = self._attention(*tokens_first, 0, visible=visible)
         return y_BLHK.transpose(1, 2)

@@ -47,9 +47,9 @@ def main(work: Work, rank: int, ranks: int, port: int) -> None:
     from kernels.dispatch import INTERPRETED
 
     if INTERPRETED:
-        from kernels.interpreter import mend_bfloat16
+        from kernels.interpreter import mend_interpreter
 
-        mend_bfloat16()
+        mend_interpreter()
     start_process_group()
 
     def engine_of(run: TrainingRun) -> Any:
