@@ -43,19 +43,20 @@ def unavailable_reason(kernels: str, device_type: str, columns: int = 1) -> str 
     return None
 
 
-def runs_kernel(kernels: str, x: Tensor) -> bool:
+def runs_kernel(kernels: str, x: Tensor, columns: int | None = None) -> bool:
     """Whether an operation on the rows of `x` runs its kernel.
 
     Args:
         kernels: `auto`: where one can run; `triton`: it must; `reference`: never.
         x: The tensor that the operation is about [..., D].
+        columns: How many of a row its kernel holds in registers at once, where that is not all D.
 
     Raises:
         KernelError: `triton` is asked for and impossible.
     """
     if kernels == "reference":
         return False
-    reason = unavailable_reason("triton", x.device.type, x.shape[-1])
+    reason = unavailable_reason("triton", x.device.type, x.shape[-1] if columns is None else columns)
     if reason is None and x.dtype not in DTYPES:
         reason = f"kernels take float32, float16 and bfloat16, not {x.dtype}"
     if reason is not None and kernels == "triton":
