@@ -84,7 +84,9 @@ def cross_entropy(
     width = logits.shape[-1]
     vocab_size = width if vocab_size is None else vocab_size
     if targets.shape != logits.shape[:-1]:
-        raise ValueError(f"targets have shape {list(targets.shape)}; logits of shape {list(logits.shape)} need one each")
+        raise ValueError(
+            f"targets have shape {list(targets.shape)}; logits of shape {list(logits.shape)} need one each"
+        )
     if not 1 <= vocab_size <= width:
         raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {width} columns of logits")
     rows, labels, knobs = logits.flatten(0, -2), targets.flatten(), (vocab_size, softcap, z_loss, label_smoothing)

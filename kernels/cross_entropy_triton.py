@@ -15,8 +15,8 @@ from kernels.launch_constants import constants
 
 _IGNORED = tl.constexpr(-100)
 _LOWEST = tl.constexpr(-3.4e38)
-_CONSTANTS = {80: (4096, 8)}
-"""Columns per step of a program, and its warps: 16 scores a thread, two 16-byte loads of bfloat16."""
+_CONSTANTS = {80: (4096, 16), 90: (4096, 8)}
+"""Columns per step of a program, and its warps: one or two 16-byte loads of bfloat16 a thread."""
 
 
 @triton.jit

@@ -39,9 +39,7 @@ def cross_entropy(
 ) -> Tensor:
     """Losses [N] of scores [N, W]; arguments as in `kernels.cross_entropy.cross_entropy`."""
     scores = _scores(logits, vocab_size, softcap)
-    losses = F.cross_entropy(
-        scores, targets, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
-    )
+    losses = F.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing)
     if z_loss:
         losses = losses + z_loss * torch.logsumexp(scores, -1).square().where(targets != IGNORED, 0.0)
     return losses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,12 +148,13 @@ class Config:
 
     def student_run(self) -> TrainingRun:
         """Distillation of the student."""
-        return self._training_run(
-            Objective.distillation,
-            self.distill.student,
-            self.distill.train,
-            self.distill.temperature,
-            self.distill.alpha,
+        run = self._training_run(Objective.distillation, self.distill.student, self.distill.train)
+        return replace(
+            run,
+            temperature=self.distill.temperature,
+            alpha=self.distill.alpha,
+            divergence=self.distill.divergence,
+            jsd_beta=self.distill.jsd_beta,
         )
 
     def quality(self) -> QualityConfig:
@@ -188,9 +189,7 @@ class Config:
             verify=self.verify,
         )
 
-    def _training_run(
-        self, objective: Objective, model: ModelConfig, train: TrainConfig, temperature: float = 1.0, alpha: float = 1.0
-    ) -> TrainingRun:
+    def _training_run(self, objective: Objective, model: ModelConfig, train: TrainConfig) -> TrainingRun:
         return TrainingRun(
             objective=objective,
             model=model,
@@ -200,8 +199,6 @@ class Config:
             tracking=self.tracking,
             sequence_length=self.data.sequence_length,
             seed=self.seed,
-            temperature=temperature,
-            alpha=alpha,
             document_masks=self.data.document_masks,
             mixture=self.data.weights,
         )
