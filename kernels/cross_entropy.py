@@ -1,6 +1,6 @@
 # torch.autograd has few types:
 # mypy: disable-error-code="no-untyped-call, untyped-decorator"
-"""Cross-entropy on given scores as registered operations; kernels and launches are in `kernels.cross_entropy_triton`."""
+"""Cross-entropy on given scores as registered operations; kernels and launches: `kernels.cross_entropy_triton`."""
 
 from typing import Any
 

@@ -16,8 +16,8 @@ from kernels.loss_rows import cross_entropy_rows
 from kernels.registration import register
 
 CHUNK_SHARE = 1.0
-"""Memory of a chunk's scores as a share of the projection's gradient in float32: 16384 x 248320 x 2048 in bfloat16 takes
-4096 tokens at a time, and adding up the gradient 4 of 86 ms."""
+"""Memory of a chunk's scores as a share of the projection's gradient in float32. 16384 x 248320 x 2048 in bfloat16
+takes 4096 tokens at a time: with the gradient 4.1 GB, whose additions read and write 16 GB."""
 
 
 def linear_cross_entropy_fwd(

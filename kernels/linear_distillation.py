@@ -74,7 +74,7 @@ def linear_distillation_fwd(
             return distillation_rows(scores, targets[tokens], theirs, *knobs)
         from kernels.linear_distillation_triton import against_logits
 
-        losses = against_logits(scores, theirs, targets[tokens], *knobs)
+        losses = against_logits(scores, targets[tokens], theirs, *knobs)
         return losses, scores if knobs[-1] else None
 
     return sum_over_chunks(x, weight, vocab_size, chunk, rows, wants_dx, wants_dweight)
@@ -102,12 +102,12 @@ def linear_cached_distillation_fwd(
     knobs = divergence, beta, temperature, alpha, softcap, wants_dx or wants_dweight
 
     def rows(scores: Tensor, tokens: slice) -> tuple[Tensor, Tensor | None]:
-        kept = indices[tokens], log_probs[tokens], tail_log_mass[tokens]
+        labels, ids, logs, tail = targets[tokens], indices[tokens], log_probs[tokens], tail_log_mass[tokens]
         if not kernel:
-            return cached_distillation_rows(scores, targets[tokens], *kept, *knobs)
+            return cached_distillation_rows(scores, labels, ids, logs, tail, *knobs)
         from kernels.linear_distillation_triton import against_cache
 
-        losses = against_cache(scores, *kept, targets[tokens], *knobs)
+        losses = against_cache(scores, labels, ids, logs, tail, *knobs)
         return losses, scores if knobs[-1] else None
 
     return sum_over_chunks(x, weight, vocab_size, chunk, rows, wants_dx, wants_dweight)
@@ -187,8 +187,8 @@ def linear_distillation(
         targets: Labels [...], int64; -100 where nothing counts. One outside of the vocabulary is an error, or NaN.
         teacher: Hidden states and projection, or what was kept of the distribution. Gets no gradient.
         divergence: D: `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the
-            generalized Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m) from m = beta p + (1 - beta) q,
-            of teacher p and student q (GKD, arXiv:2306.13649, equation 1).
+            generalized Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m) of teacher p and student q,
+            from m = beta p + (1 - beta) q (GKD, arXiv:2306.13649, equation 1).
         beta: Weight of the teacher in the mean distribution of `jsd`, between 0 and 1, both excluded.
         temperature: T; divides both sets of scores. The factor T^2 keeps the size of the gradient.
         alpha: Weight of the divergence, in [0, 1].

@@ -243,8 +243,8 @@ def _cached(
 
 def against_logits(
     student: Tensor,
-    teacher: Tensor,
     targets: Tensor,
+    teacher: Tensor,
     divergence: str,
     beta: float,
     temperature: float,
@@ -257,8 +257,8 @@ def against_logits(
 
     Args:
         student: Scores [C, V], each row's side by side.
-        teacher: The teacher's [C, V], likewise.
         targets: Labels [C], int64.
+        teacher: The teacher's scores [C, V], likewise.
         divergence: A key of `KINDS`; for the rest see `kernels.linear_distillation`.
         beta: Weight of the teacher in the mean distribution.
         temperature: Divides both sets of scores.
@@ -282,10 +282,10 @@ def against_logits(
 
 def against_cache(
     student: Tensor,
+    targets: Tensor,
     indices: Tensor,
     log_probs: Tensor,
     tail_log_mass: Tensor,
-    targets: Tensor,
     divergence: str,
     beta: float,
     temperature: float,
@@ -297,10 +297,10 @@ def against_cache(
 
     Args:
         student: Scores [C, V], each row's side by side.
+        targets: Labels [C], int64.
         indices: Tokens whose probabilities are known [C, K], contiguous.
         log_probs: Logarithms of their probabilities [C, K], contiguous.
         tail_log_mass: Logarithm of the probability of all others together [C].
-        targets: Labels [C], int64.
         divergence: A key of `KINDS`; for the rest see `kernels.linear_distillation`.
         beta: Weight of the teacher in the mean distribution.
         temperature: Divides the student's scores.

@@ -123,8 +123,11 @@ class TrainConfig:
 
 
 class Divergence(StrEnum):
-    """How a student's distribution is held against its teacher's: KL(teacher || student), which covers all that the
-    teacher expects; KL(student || teacher), which stays within it; or Jensen-Shannon, between them (arXiv:2306.13649)."""
+    """How a student's distribution is held against its teacher's.
+
+    `forward_kl` is KL(teacher || student), which covers all that the teacher expects; `reverse_kl` KL(student ||
+    teacher), which stays within it; `jsd` the generalized Jensen-Shannon divergence, between them (arXiv:2306.13649).
+    """
 
     forward_kl = "forward_kl"
     reverse_kl = "reverse_kl"
@@ -149,8 +152,8 @@ class DistillConfig:
     divergence: Divergence = Divergence.forward_kl
     """What the distillation term is."""
     jsd_beta: float = 0.5
-    """Weight of the teacher in the mean distribution that `jsd` measures both from: near 0 it is like forward_kl, near 1
-    like reverse_kl. Read by `jsd` only."""
+    """Weight of the teacher in the mean distribution that `jsd` measures both from: the nearer to 0, the more like
+    forward_kl, the nearer to 1, the more like reverse_kl, and the smaller. Read by `jsd` only."""
 
     def __post_init__(self) -> None:
         require_positive("distill", self, ["temperature"])

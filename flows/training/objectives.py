@@ -1,7 +1,7 @@
 """Objectives are loss functions: the loop does not know which one it minimizes.
 
-Where a model's scores are nothing but hidden states times a matrix, a loss takes those two and never makes the scores of
-all tokens (`kernels.head_chunks`); else it takes the scores. `scoring_head` decides, for each forward pass.
+Where a model's scores are nothing but hidden states times a matrix, a loss takes those two and never makes the scores
+of all tokens (`kernels.head_chunks`); else it takes the scores. `scoring_head` decides, for each forward pass.
 """
 
 from __future__ import annotations
@@ -113,9 +113,12 @@ class Distillation:
         """From scores []."""
         with torch.no_grad():
             teacher_BLV = scores(self._teacher, input_ids_BL, document_ids_BL)
-        chunks = (x.flatten(0, 1).split(CHUNK_TOKENS) for x in (logits_BLV, targets_BL[..., None], teacher_BLV))
+        students, targets, teachers = logits_BLV.flatten(0, 1), targets_BL.flatten(), teacher_BLV.flatten(0, 1)
         knobs = self._divergence.value, self._beta, self._temperature, self._alpha
-        losses = [reference.distillation(ours, labels[:, 0], theirs, *knobs) for ours, labels, theirs in zip(*chunks)]
+        losses = []
+        for first in range(0, len(targets), CHUNK_TOKENS):
+            part = slice(first, first + CHUNK_TOKENS)
+            losses.append(reference.distillation(students[part], targets[part], teachers[part], *knobs))
         return torch.cat(losses).sum()
 
     def from_hidden(

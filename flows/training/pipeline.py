@@ -57,9 +57,10 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # ships no types
         self.named_weights = {name: weight for name, weight in decoder.named_parameters() if id(weight) in mine}
 
     def _mean_loss(self, unscored: tuple[Tensor, Tensor], labels: tuple[Tensor, ...]) -> Tensor:
-        input_ids_BL, targets_BL, loss_tokens, *document_ids = labels
+        input_ids_BL, targets_BL, loss_tokens, *rest = labels
+        document_ids_BL = rest[0] if rest else None
         loss: Loss = self._objective if self.training else cross_entropy
-        total = loss.from_hidden(*unscored, input_ids_BL, targets_BL, *document_ids, kernels=self._kernels)
+        total = loss.from_hidden(*unscored, input_ids_BL, targets_BL, document_ids_BL, self._kernels)
         return total / loss_tokens
 
 

@@ -45,7 +45,8 @@ def _plain(x: Tensor, weight: Tensor, targets: Tensor, teacher: tuple[Tensor, ..
     logits = F.linear(x, weight)
     if len(teacher) == 2:
         return reference.distillation(logits, targets, F.linear(*teacher), **knobs).sum()
-    return reference.cached_distillation(logits, targets, *teacher, **knobs).sum()
+    indices, log_probs, tail_log_mass = teacher
+    return reference.cached_distillation(logits, targets, indices, log_probs, tail_log_mass, **knobs).sum()
 
 
 def _workload(sizes: Sizes, divergence: str, alpha: float, cached: bool = False) -> Workload:
