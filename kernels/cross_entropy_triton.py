@@ -164,6 +164,7 @@ def cross_entropy_bwd_(
 ) -> None:
     """Writes what `cross_entropy_bwd` returns over the scores."""
     _write_gradient(logits, logits, targets, lse, scale, vocab_size, softcap, z_loss, label_smoothing)
+    torch.autograd.graph.increment_version(logits)  # who saved them has to hear of it
 
 
 def _write_gradient(

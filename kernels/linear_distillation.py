@@ -208,7 +208,7 @@ def linear_distillation(
     check_projection(x, weight, targets, vocab_size)
     _check(teacher, targets, vocab_size, divergence, beta, temperature, alpha)
     kernel = runs_kernel(kernels, x, columns=1)
-    rows, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    rows, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1).contiguous()
     chunk = tokens_at_once or chunk_tokens(len(rows), rows, CHUNK_SHARE)
     recorded = torch.is_grad_enabled()
     wanted = (recorded and x.requires_grad, recorded and weight.requires_grad)
@@ -230,9 +230,9 @@ def linear_distillation(
                 )
             kernel = False
         theirs = (
-            teacher.indices.reshape(-1, kept),
+            teacher.indices.reshape(-1, kept).contiguous(),
             teacher.log_probs.detach().reshape(-1, kept).contiguous(),
-            teacher.tail_log_mass.detach().reshape(-1),
+            teacher.tail_log_mass.detach().reshape(-1).contiguous(),
         )
     arguments = (labels, *theirs, *knobs, kernel)
     return _LinearDistillation.apply(  # type: ignore[no-any-return]

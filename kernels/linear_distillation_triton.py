@@ -257,7 +257,7 @@ def against_logits(
 
     Args:
         student: Scores [C, V], each row's side by side.
-        targets: Labels [C], int64.
+        targets: Labels [C], int64, contiguous.
         teacher: The teacher's scores [C, V], likewise.
         divergence: A key of `KINDS`; for the rest see `kernels.linear_distillation`.
         beta: Weight of the teacher in the mean distribution.
@@ -297,10 +297,10 @@ def against_cache(
 
     Args:
         student: Scores [C, V], each row's side by side.
-        targets: Labels [C], int64.
+        targets: Labels [C], int64, contiguous.
         indices: Tokens whose probabilities are known [C, K], contiguous.
         log_probs: Logarithms of their probabilities [C, K], contiguous.
-        tail_log_mass: Logarithm of the probability of all others together [C].
+        tail_log_mass: Logarithm of the probability of all others together [C], contiguous.
         divergence: A key of `KINDS`; for the rest see `kernels.linear_distillation`.
         beta: Weight of the teacher in the mean distribution.
         temperature: Divides the student's scores.
