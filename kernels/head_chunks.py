@@ -35,10 +35,20 @@ def chunk_tokens(num_tokens: int, x: Tensor, share: float) -> int:
     """
     if x.device.type != "cuda":
         return max(1, min(CPU_TOKENS, num_tokens))
-    fewest, most = GPU_TOKENS
-    wanted = min(max(int(share * 4 * x.shape[1] / x.element_size()), fewest), most)
-    chunks = max(1, -(-num_tokens // wanted))
+    chunks = max(1, -(-num_tokens // gpu_tokens(x.shape[1], x.element_size(), share)))
     return max(1, -(-num_tokens // chunks // _TILE) * _TILE)
+
+
+def gpu_tokens(width: int, item_bytes: int, share: float) -> int:
+    """Most tokens of a chunk on a GPU.
+
+    Args:
+        width: Hidden size D.
+        item_bytes: Of a score.
+        share: As in `chunk_tokens`.
+    """
+    fewest, most = GPU_TOKENS
+    return min(max(int(share * 4 * width / item_bytes), fewest), most)
 
 
 def scores_buffer(tokens: int, vocab_size: int, like: Tensor) -> Tensor:
