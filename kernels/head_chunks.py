@@ -13,42 +13,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.chunk_sizes import CPU_TOKENS, gpu_tokens
+
 Rows = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
 """From scores [C, V], which it may overwrite, and the tokens they are of: losses [C], gradient of the scores [C, V]."""
-CPU_TOKENS = 256
-"""Tokens of a chunk on a CPU: several passes over their scores stay in a processor's cache."""
-GPU_TOKENS = (512, 8192)
-"""Fewest and most tokens of a chunk on a GPU: below, matrix products are slow; above, nothing is won."""
-_TILE = 128
-"""Tokens in a tile of a matrix product: chunks are multiples of it."""
 _ALIGNED = 64
 """Elements to a multiple of which rows of scores are padded, so that an odd vocabulary does not slow down the rest."""
 
 
 def chunk_tokens(num_tokens: int, x: Tensor, share: float) -> int:
-    """How many tokens to project at once, in chunks of about one size.
+    """How many tokens to project at once.
 
     Args:
         num_tokens: Tokens in all.
         x: Hidden states [N, D].
-        share: Memory of a chunk's scores, on a GPU, as a share of the projection's gradient in float32.
+        share: Memory that their scores may take on a GPU; see `kernels.chunk_sizes`.
     """
     if x.device.type != "cuda":
         return max(1, min(CPU_TOKENS, num_tokens))
-    chunks = max(1, -(-num_tokens // gpu_tokens(x.shape[1], x.element_size(), share)))
-    return max(1, -(-num_tokens // chunks // _TILE) * _TILE)
-
-
-def gpu_tokens(width: int, item_bytes: int, share: float) -> int:
-    """Most tokens of a chunk on a GPU.
-
-    Args:
-        width: Hidden size D.
-        item_bytes: Of a score.
-        share: As in `chunk_tokens`.
-    """
-    fewest, most = GPU_TOKENS
-    return min(max(int(share * 4 * width / item_bytes), fewest), most)
+    return gpu_tokens(num_tokens, x.shape[1], x.element_size(), share)
 
 
 def scores_buffer(tokens: int, vocab_size: int, like: Tensor) -> Tensor:

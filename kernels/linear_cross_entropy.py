@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.chunk_sizes import CROSS_ENTROPY_SHARE
 from kernels.dispatch import runs_kernel
 from kernels.head_chunks import check_projection, chunk_tokens, scaled, sum_over_chunks
 from kernels.loss_rows import cross_entropy_rows
 from kernels.registration import register
-
-CHUNK_SHARE = 1.0
-"""Memory of a chunk's scores as a share of the projection's gradient in float32. 16384 x 248320 x 2048 in bfloat16
-takes 4096 tokens at a time: with the gradient 4.1 GB, whose additions read and write 16 GB."""
 
 
 def linear_cross_entropy_fwd(
@@ -130,7 +127,7 @@ def linear_cross_entropy(
     check_projection(x, weight, targets, vocab_size)
     kernel = runs_kernel(kernels, x, columns=1)
     rows = x.reshape(-1, x.shape[-1])
-    chunk = tokens_at_once or chunk_tokens(len(rows), rows, CHUNK_SHARE)
+    chunk = tokens_at_once or chunk_tokens(len(rows), rows, CROSS_ENTROPY_SHARE)
     recorded = torch.is_grad_enabled()
     wanted = (recorded and x.requires_grad, recorded and weight.requires_grad)
     knobs = (vocab_size, softcap, z_loss, label_smoothing, chunk, kernel)

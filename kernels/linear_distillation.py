@@ -10,15 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.chunk_sizes import DISTILLATION_SHARE
 from kernels.dispatch import KernelError, runs_kernel
 from kernels.head_chunks import check_projection, chunk_tokens, scaled, scores_buffer, sum_over_chunks
 from kernels.loss_rows import cached_distillation_rows, distillation_rows
 from kernels.registration import register
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-CHUNK_SHARE = 0.375
-"""Memory of a chunk's scores of the student as a share of the projection's gradient in float32. 8192 x 128256 x 4096 in
-bfloat16 takes 1408 tokens of both models at a time: with the gradient 2.9 GB."""
 MAX_KEPT = 1024
 """Most tokens of a cached teacher that a kernel holds in registers."""
 
@@ -209,7 +207,7 @@ def linear_distillation(
     _check(teacher, targets, vocab_size, divergence, beta, temperature, alpha)
     kernel = runs_kernel(kernels, x, columns=1)
     rows, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1).contiguous()
-    chunk = tokens_at_once or chunk_tokens(len(rows), rows, CHUNK_SHARE)
+    chunk = tokens_at_once or chunk_tokens(len(rows), rows, DISTILLATION_SHARE)
     recorded = torch.is_grad_enabled()
     wanted = (recorded and x.requires_grad, recorded and weight.requires_grad)
     knobs = (divergence, beta, temperature, alpha, vocab_size, softcap, chunk)

@@ -14,8 +14,7 @@ from flows.model import arithmetic
 from flows.model.config_json import counted_shape
 from flows.training.deepspeed_config import deepspeed_config
 from flows.training.trained_weights import TrainedWeights, trained_weights
-from kernels import linear_cross_entropy, linear_distillation
-from kernels.head_chunks import CPU_TOKENS, gpu_tokens
+from kernels.chunk_sizes import CPU_TOKENS, CROSS_ENTROPY_SHARE, DISTILLATION_SHARE, gpu_tokens
 
 FP32_BYTES, BF16_BYTES = 4, 2
 BUCKET_ELEMENTS = 500_000_000
@@ -197,8 +196,8 @@ def _loss_bytes(run: TrainingRun, vocab_size: int, layout: Layout, is_gpu: bool)
     gradient = FP32_BYTES * vocab_size * width  # of the output projection, before it joins the others
     if is_gpu and run.model.kernels != Kernels.reference:
         own = BF16_BYTES if narrow else FP32_BYTES
-        share = linear_distillation.CHUNK_SHARE if distills else linear_cross_entropy.CHUNK_SHARE
-        chunk = min(tokens, gpu_tokens(width, own, share))
+        share = DISTILLATION_SHARE if distills else CROSS_ENTROPY_SHARE
+        chunk = gpu_tokens(int(tokens), width, own, share)
         return gradient + chunk * vocab_size * (own + (FP32_BYTES if distills else 0))
     arrays = 8 if distills else 3
     return gradient + (arrays * FP32_BYTES + narrow * BF16_BYTES) * min(tokens, CPU_TOKENS) * vocab_size

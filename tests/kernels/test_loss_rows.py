@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import head_chunks, reference
+from kernels.chunk_sizes import CROSS_ENTROPY_SHARE, gpu_tokens
 from kernels.cross_entropy import cross_entropy
-from kernels.linear_cross_entropy import CHUNK_SHARE, linear_cross_entropy
+from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_distillation import DIVERGENCES, CachedTeacher, TeacherHead, linear_distillation
 from kernels.loss_rows import cached_distillation_rows, cross_entropy_rows, distillation_rows
 
@@ -164,19 +165,10 @@ def test_a_gradient_is_rounded_into_its_own_memory(rows: int) -> None:
 
 
 def test_chunks_on_a_gpu_take_the_memory_that_they_may() -> None:
-    class OnGpu:  # as much of a tensor as is looked at
-        device = torch.device("cuda")
+    def chosen(tokens: int, width: int, share: float) -> int:
+        return gpu_tokens(tokens, width, 2, share)
 
-        def __init__(self, width: int, dtype: torch.dtype) -> None:
-            self.shape, self._dtype = (0, width), dtype
-
-        def element_size(self) -> int:
-            return self._dtype.itemsize
-
-    def chosen(tokens: int, width: int, share: float, dtype: torch.dtype = torch.bfloat16) -> int:
-        return head_chunks.chunk_tokens(tokens, OnGpu(width, dtype), share)  # type: ignore[arg-type]
-
-    assert chosen(16384, 2048, CHUNK_SHARE) == 4096
+    assert chosen(16384, 2048, CROSS_ENTROPY_SHARE) == 4096
     for tokens, width, share in [(8192, 4096, 0.375), (8192, 4096, 1.0), (5000, 1024, 1.0), (100_000, 64, 1.0)]:
         size = chosen(tokens, width, share)
         assert size % 128 == 0
