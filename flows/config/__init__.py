@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flows.config.checks import ConfigError, RunError, require
@@ -138,8 +138,12 @@ class Config:
         for name in self.trained_candidates[1:]:
             distill = self.step_settings(name)
             assert isinstance(distill, DistillConfig)
-            runs[name] = self._training_run(
-                Objective.distillation, distill.student, distill.train, distill.temperature, distill.alpha
+            runs[name] = replace(
+                self._training_run(Objective.distillation, distill.student, distill.train),
+                temperature=distill.temperature,
+                alpha=distill.alpha,
+                divergence=distill.divergence,
+                jsd_beta=distill.jsd_beta,
             )
         return runs
 
@@ -175,9 +179,7 @@ class Config:
             verify=self.verify,
         )
 
-    def _training_run(
-        self, objective: Objective, model: ModelConfig, train: TrainConfig, temperature: float = 1.0, alpha: float = 1.0
-    ) -> TrainingRun:
+    def _training_run(self, objective: Objective, model: ModelConfig, train: TrainConfig) -> TrainingRun:
         return TrainingRun(
             objective=objective,
             model=model,
@@ -187,8 +189,6 @@ class Config:
             tracking=self.tracking,
             sequence_length=self.data.sequence_length,
             seed=self.seed,
-            temperature=temperature,
-            alpha=alpha,
             document_masks=self.data.document_masks,
             mixture=self.data.weights,
         )

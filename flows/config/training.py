@@ -122,6 +122,18 @@ class TrainConfig:
         )
 
 
+class Divergence(StrEnum):
+    """How a student's distribution is held against its teacher's.
+
+    `forward_kl` is KL(teacher || student), which covers all that the teacher expects; `reverse_kl` KL(student ||
+    teacher), which stays within it; `jsd` the generalized Jensen-Shannon divergence, between them (arXiv:2306.13649).
+    """
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """A smaller student learns from the trained model's logits (arXiv:1503.02531)."""
@@ -136,10 +148,22 @@ class DistillConfig:
     """Softens both distributions; the loss is scaled by its square so that gradients keep their size."""
     alpha: float = 0.5
     """Weight of the distillation term; 1 - alpha is left to cross-entropy on the data."""
+    divergence: Divergence = Divergence.forward_kl
+    """What the distillation term is."""
+    jsd_beta: float = 0.5
+    """Weight of the teacher in the mean distribution that `jsd` measures both from: the nearer to 0, the more like
+    forward_kl, the nearer to 1, the more like reverse_kl, and the smaller. Read by `jsd` only."""
 
     def __post_init__(self) -> None:
         require_positive("distill", self, ["temperature"])
         require_fraction("distill", self, ["alpha"])
+        require(
+            0 < self.jsd_beta < 1,
+            "distill.jsd_beta",
+            self.jsd_beta,
+            "must be above 0 and below 1, where nothing is left of the divergence",
+            "Set distill.jsd_beta=0.5, or distill.divergence=forward_kl or reverse_kl for the limits.",
+        )
 
 
 class Objective(StrEnum):
@@ -164,6 +188,10 @@ class TrainingRun:
     temperature: float = 1.0
     """Read by distillation only."""
     alpha: float = 1.0
+    """Read by distillation only."""
+    divergence: Divergence = Divergence.forward_kl
+    """Read by distillation only."""
+    jsd_beta: float = 0.5
     """Read by distillation only."""
     document_masks: bool = False
     """Whether documents that share a sequence are told apart."""

@@ -7,6 +7,8 @@ Shape letters: B batch, L length, D hidden size, V vocabulary. `x_BLD` is a tens
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -82,6 +84,14 @@ class DecoderStack(nn.Module):
         return self.norm(x_BLD)
 
 
+class OutputHead(nn.Linear):
+    """Hidden states to scores; or to a loss that takes them and the weight, and need not make the scores."""
+
+    def forward(self, input: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """Scores [..., V] of hidden states [..., D], or their loss []."""
+        return super().forward(input) if loss is None else loss(input, self.weight)
+
+
 class Decoder(nn.Module):
     """Token ids to scores of every next token.
 
@@ -95,7 +105,7 @@ class Decoder(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.model = DecoderStack(config, vocab_size)
-        self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
+        self.lm_head = OutputHead(config.hidden_size, vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:

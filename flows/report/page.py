@@ -75,7 +75,7 @@ def render(config: Config, parents: Mapping[str, Artifact]) -> str:
 def _objective(run: TrainingRun) -> str:
     if run.objective == Objective.cross_entropy:
         return "cross-entropy"
-    return f"distillation, T = {run.temperature:g}, α = {run.alpha:g}"  # noqa: RUF001
+    return f"distillation ({run.divergence}), T = {run.temperature:g}, α = {run.alpha:g}"  # noqa: RUF001
 
 
 def _series(config: Config) -> dict[str, int]:

@@ -38,7 +38,7 @@ from flows.training.engine import (
 from flows.training.gradient_clipping import gradient_measures
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
-from flows.training.objectives import Loss, LossModule, cross_entropy, distillation
+from flows.training.objectives import Distillation, Loss, LossModule, cross_entropy
 from flows.training.plan import flops_per_token, teacher_shape
 from flows.training.preemption import StoppedEarly, any_rank_asked_to_save
 from flows.training.receipts import ReceiptLog, first_link, next_link
@@ -193,7 +193,8 @@ def _loss(job: TrainingJob) -> Loss:
             if os.environ["DS_ACCELERATOR"] == "cuda":
                 teacher = teacher.to(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
             share_sequences(teacher, job.run)
-            return distillation(teacher, job.run.temperature, job.run.alpha)
+            run = job.run
+            return Distillation(teacher, run.temperature, run.alpha, run.divergence, run.jsd_beta)
 
 
 def _peak_flops(job: TrainingJob, device: torch.device) -> float | None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from flows.config.engine import Precision
-from flows.config.model import Kernels, ModelConfig
+from flows.config.model import Architecture, Kernels, ModelConfig
 from flows.config.training import Objective, TrainingRun
 from flows.model import arithmetic
 from flows.model.config_json import counted_shape
 from flows.training.deepspeed_config import deepspeed_config
 from flows.training.trained_weights import TrainedWeights, trained_weights
+from kernels.chunk_sizes import CPU_TOKENS, CROSS_ENTROPY_SHARE, DISTILLATION_SHARE, gpu_tokens
 
 FP32_BYTES, BF16_BYTES = 4, 2
 BUCKET_ELEMENTS = 500_000_000
@@ -89,7 +91,7 @@ def plan_memory(run: TrainingRun, vocab_size: int, is_gpu: bool, teacher: ModelC
     """Peak memory of the rank that holds most.
 
     States as in ZeRO (arXiv:1910.02054, section 3.1 and figure 1), with DeepSpeed's buckets; activations as in
-    `flows.model.arithmetic`; three arrays of tokens x vocabulary while the loss is differentiated.
+    `flows.model.arithmetic`; the loss as `kernels.head_chunks` computes it.
 
     Args:
         run: The training run.
@@ -111,7 +113,7 @@ def plan_memory(run: TrainingRun, vocab_size: int, is_gpu: bool, teacher: ModelC
         "gradients": gradients,
         "communication buckets": _bucket_bytes(layout, trained, width, is_gpu),
         "activations": _activation_bytes(run, layout, width, is_gpu),
-        "logits and loss": _loss_bytes(run, vocab_size, layout),
+        "logits and loss": _loss_bytes(run, vocab_size, layout, is_gpu),
     }
     step = resting | {
         "gradients": gradients + (FP32_BYTES * updated_here * counts.trained if layout.zero_stage else 0),
@@ -191,10 +193,29 @@ def _activation_bytes(run: TrainingRun, layout: Layout, width: int, is_gpu: bool
     return tokens * (in_flight * layers * layer + final)
 
 
-def _loss_bytes(run: TrainingRun, vocab_size: int, layout: Layout) -> float:
-    """Log-probabilities, their gradient and that of the scores; a distillation keeps both models' softened
-    log-probabilities besides, and the gradients that meet at the scores."""
+def _loss_bytes(run: TrainingRun, vocab_size: int, layout: Layout, is_gpu: bool) -> float:
+    """Scores of a chunk of tokens, with the log-probabilities that are held against each other where no kernel does it
+    in place, and the output projection's gradient. Where the scores of all tokens are made: log-probabilities, their
+    gradient and that of the scores; a distillation keeps both models' softened log-probabilities besides, and the
+    gradients that meet at the scores."""
     tokens = run.train.micro_batch_size * run.sequence_length / layout.sequence_parallel
-    arrays = 7 if run.objective == Objective.distillation else 3
-    narrow = 0 if run.engine.precision == Precision.fp32 else BF16_BYTES
-    return (arrays * FP32_BYTES + narrow) * tokens * vocab_size
+    distills, narrow = run.objective == Objective.distillation, run.engine.precision != Precision.fp32
+    if not _scores_in_chunks(run):
+        arrays = 7 if distills else 3
+        return (arrays * FP32_BYTES + narrow * BF16_BYTES) * tokens * vocab_size
+    width = run.model.hidden_size
+    gradient = FP32_BYTES * vocab_size * width  # of the output projection, before it joins the others
+    if is_gpu and run.model.kernels != Kernels.reference:
+        own = BF16_BYTES if narrow else FP32_BYTES
+        share = DISTILLATION_SHARE if distills else CROSS_ENTROPY_SHARE
+        chunk = gpu_tokens(int(tokens), width, own, share)
+        return gradient + chunk * vocab_size * (own + (FP32_BYTES if distills else 0))
+    arrays = 8 if distills else 3
+    return gradient + (arrays * FP32_BYTES + narrow * BF16_BYTES) * min(tokens, CPU_TOKENS) * vocab_size
+
+
+def _scores_in_chunks(run: TrainingRun) -> bool:
+    """Whether the scores of all tokens are never made; see `flows.training.objectives.scoring_head`."""
+    lora = run.train.lora
+    adapted = lora.enabled and any(fnmatchcase("lm_head", pattern) for pattern in lora.targets)
+    return run.model.architecture == Architecture.decoder and not adapted

@@ -1,4 +1,8 @@
-"""Objectives are loss functions: the loop does not know which one it minimizes."""
+"""Objectives are loss functions: the loop does not know which one it minimizes.
+
+Where a model's scores are nothing but hidden states times a matrix, a loss takes those two and never makes the scores
+of all tokens (`kernels.head_chunks`); else it takes the scores. `scoring_head` decides, for each forward pass.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flows.training.batches import IGNORED
+from flows.config.training import Divergence
+from flows.model.decoder import Decoder, OutputHead
+from kernels import reference
+from kernels.cross_entropy import cross_entropy as cross_entropy_of_scores
+from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.linear_distillation import TeacherHead, linear_distillation
 
 CHUNK_TOKENS = 256
 """Tokens whose distributions are compared at once: several passes over [tokens, vocab] stay in a processor's cache."""
 
 
 class Loss(Protocol):
-    """What is minimized."""
+    """What is minimized: a sum over the targets that are not `IGNORED` []."""
 
     def __call__(
         self,
@@ -25,61 +34,134 @@ class Loss(Protocol):
         targets_BL: torch.Tensor,
         document_ids_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The loss, summed over the targets that are not `IGNORED` []."""
+        """The loss of scores, which the backward pass may overwrite."""
+
+    def from_hidden(
+        self,
+        x_BLD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        input_ids_BL: torch.Tensor,
+        targets_BL: torch.Tensor,
+        document_ids_BL: torch.Tensor | None = None,
+        kernels: str = "auto",
+    ) -> torch.Tensor:
+        """The loss of the scores that the hidden states have in the output projection."""
 
 
-def cross_entropy(
-    logits_BLV: torch.Tensor,
-    input_ids_BL: torch.Tensor,
-    targets_BL: torch.Tensor,
-    document_ids_BL: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Sum of the negative log-likelihood of the targets that count, in nats []."""
-    return F.cross_entropy(
-        _at_least_float32(logits_BLV).flatten(0, 1), targets_BL.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+class CrossEntropy:
+    """Negative log-likelihood of the targets that count, in nats."""
+
+    def __call__(
+        self,
+        logits_BLV: torch.Tensor,
+        input_ids_BL: torch.Tensor,
+        targets_BL: torch.Tensor,
+        document_ids_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """From scores []."""
+        return cross_entropy_of_scores(logits_BLV, targets_BL, overwrite=True)
+
+    def from_hidden(
+        self,
+        x_BLD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        input_ids_BL: torch.Tensor,
+        targets_BL: torch.Tensor,
+        document_ids_BL: torch.Tensor | None = None,
+        kernels: str = "auto",
+    ) -> torch.Tensor:
+        """From hidden states and output projection []."""
+        return linear_cross_entropy(x_BLD, weight_VD, targets_BL, kernels=kernels)
 
 
-def distillation(teacher: nn.Module, temperature: float, alpha: float) -> Loss:
+cross_entropy = CrossEntropy()
+
+
+class Distillation:
     """A loss that mixes the teacher's softened distribution with the data (arXiv:1503.02531).
 
-    alpha x T^2 x KL(teacher / T || student / T) + (1 - alpha) x cross-entropy. The factor T^2 keeps the size of the
+    alpha x T^2 x D(teacher / T, student / T) + (1 - alpha) x cross-entropy. The factor T^2 keeps the size of the
     gradient independent of the temperature.
 
     Args:
         teacher: Frozen model with the student's vocabulary: input_ids [batch, length] -> logits [batch, length, vocab].
         temperature: T; both sets of logits are divided by it.
         alpha: Weight of the teacher, in [0, 1].
+        divergence: D.
+        beta: Weight of the teacher in the mean distribution that `jsd` measures from.
     """
-    teacher.eval().requires_grad_(False)
 
-    def loss(
+    def __init__(
+        self,
+        teacher: nn.Module,
+        temperature: float,
+        alpha: float,
+        divergence: Divergence = Divergence.forward_kl,
+        beta: float = 0.5,
+    ) -> None:
+        # neither trained, sharded nor saved: a module would be part of what holds the loss
+        self._teacher = teacher.eval().requires_grad_(False)
+        self._temperature, self._alpha, self._divergence, self._beta = temperature, alpha, divergence, beta
+
+    def __call__(
+        self,
         logits_BLV: torch.Tensor,
         input_ids_BL: torch.Tensor,
         targets_BL: torch.Tensor,
         document_ids_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """From scores []."""
         with torch.no_grad():
-            teacher_BLV = scores(teacher, input_ids_BL, document_ids_BL)
-        divergence = kl_divergence(logits_BLV, teacher_BLV, targets_BL, temperature)
-        return alpha * temperature**2 * divergence + (1 - alpha) * cross_entropy(logits_BLV, input_ids_BL, targets_BL)
+            teacher_BLV = scores(self._teacher, input_ids_BL, document_ids_BL)
+        students, targets, teachers = logits_BLV.flatten(0, 1), targets_BL.flatten(), teacher_BLV.flatten(0, 1)
+        knobs = self._divergence.value, self._beta, self._temperature, self._alpha
+        losses = []
+        for first in range(0, len(targets), CHUNK_TOKENS):
+            part = slice(first, first + CHUNK_TOKENS)
+            losses.append(reference.distillation(students[part], targets[part], teachers[part], *knobs))
+        return torch.cat(losses).sum()
 
-    return loss
+    def from_hidden(
+        self,
+        x_BLD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        input_ids_BL: torch.Tensor,
+        targets_BL: torch.Tensor,
+        document_ids_BL: torch.Tensor | None = None,
+        kernels: str = "auto",
+    ) -> torch.Tensor:
+        """From hidden states and output projection []; a teacher that has no such two makes both models' scores."""
+        head = scoring_head(self._teacher)
+        if head is None:
+            return self(F.linear(x_BLD, weight_VD), input_ids_BL, targets_BL, document_ids_BL)
+        with torch.no_grad():
+            theirs_BLD = hidden_states(cast(Decoder, self._teacher), input_ids_BL, document_ids_BL)
+        return linear_distillation(
+            x_BLD,
+            weight_VD,
+            targets_BL,
+            TeacherHead(theirs_BLD, head.weight),
+            divergence=self._divergence.value,
+            beta=self._beta,
+            temperature=self._temperature,
+            alpha=self._alpha,
+            kernels=kernels,
+        )
 
 
-def kl_divergence(
-    student_BLV: torch.Tensor, teacher_BLV: torch.Tensor, targets_BL: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Sum of KL(teacher || student) of the softened distributions, where the target counts, in nats []."""
-    total = student_BLV.new_zeros((), dtype=torch.promote_types(student_BLV.dtype, torch.float32))
-    students, teachers, counts = student_BLV.flatten(0, 1), teacher_BLV.flatten(0, 1), (targets_BL != IGNORED).flatten()
-    for first in range(0, len(students), CHUNK_TOKENS):
-        chunk = slice(first, first + CHUNK_TOKENS)
-        student = F.log_softmax(_at_least_float32(students[chunk]) / temperature, -1)
-        teacher = F.log_softmax(_at_least_float32(teachers[chunk]) / temperature, -1)
-        divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-        total = total + divergence.where(counts[chunk], 0.0).sum()
-    return total
+def scoring_head(model: nn.Module) -> OutputHead | None:
+    """The output projection of a model whose scores are nothing but hidden states times its weight; else None.
+
+    That is our decoder as long as its head is what it was made with. One with an adapter, one that was quantized or cut
+    over ranks, and models of the transformers library, whose scores may be scaled or shifted, make their scores.
+    """
+    head = model.lm_head if isinstance(model, Decoder) else None
+    return head if type(head) is OutputHead else None
+
+
+def hidden_states(model: Decoder, input_ids_BL: torch.Tensor, document_ids_BL: torch.Tensor | None) -> torch.Tensor:
+    """What the model's output projection turns into scores [batch, length, hidden size]."""
+    return model.forward_hidden(input_ids_BL, document_ids_BL=document_ids_BL)
 
 
 def scores(model: nn.Module, input_ids_BL: torch.Tensor, document_ids_BL: torch.Tensor | None) -> torch.Tensor:
@@ -87,10 +169,6 @@ def scores(model: nn.Module, input_ids_BL: torch.Tensor, document_ids_BL: torch.
     if document_ids_BL is None:
         return cast(torch.Tensor, model(input_ids_BL))
     return cast(torch.Tensor, model(input_ids_BL, document_ids_BL=document_ids_BL))
-
-
-def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class LossModule(nn.Module):
@@ -101,7 +179,7 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
         self.model = model
-        self.loss = loss  # a closure, so that a teacher is neither trained, sharded nor saved
+        self.loss = loss
         self.penalty: Callable[[], torch.Tensor] | None = None
         """What the last forward adds to the training loss besides."""
 
@@ -113,7 +191,20 @@ class LossModule(nn.Module):
         document_ids_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Loss to minimize while training, cross-entropy while evaluating: the sum divided by `loss_tokens` []."""
-        logits_BLV = scores(self.model, input_ids_BL, document_ids_BL)
-        loss = self.loss if self.training else cross_entropy
-        mean = loss(logits_BLV, input_ids_BL, targets_BL, document_ids_BL) / loss_tokens
+        loss: Loss = self.loss if self.training else cross_entropy
+        head = scoring_head(self.model)
+        if head is None:
+            logits_BLV = scores(self.model, input_ids_BL, document_ids_BL)
+            total = loss(logits_BLV, input_ids_BL, targets_BL, document_ids_BL)
+        else:
+            model = cast(Decoder, self.model)
+            kernels = model.config.kernels.value
+            # called, not read: ZeRO-3 gathers a weight while the module that holds it runs, forward and backward
+            total = head(
+                hidden_states(model, input_ids_BL, document_ids_BL),
+                loss=lambda x_BLD, weight_VD: loss.from_hidden(
+                    x_BLD, weight_VD, input_ids_BL, targets_BL, document_ids_BL, kernels
+                ),
+            )
+        mean = total / loss_tokens
         return mean + self.penalty() if self.penalty and self.training else mean

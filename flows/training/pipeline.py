@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # ships no types
 
     Args:
         decoder: With the same weights on every rank.
-        objective: Loss of the last stage's scores.
+        objective: Loss of the last stage's hidden states and output projection.
         run: Number of stages, among which layers are shared out evenly: each has one, and so both kinds of weights.
     """
 
@@ -45,22 +44,24 @@ class PipelineDecoder(PipelineModule):  # type: ignore[misc]  # ships no types
         head: nn.Module | TiedLayerSpec = _Head(decoder.lm_head)
         if decoder.config.tie_word_embeddings:
             embedding = TiedLayerSpec("embed_tokens", _Embedding, stack.embed_tokens)
-            head = TiedLayerSpec("embed_tokens", _Embedding, stack.embed_tokens, forward_fn=_scores)
+            head = TiedLayerSpec("embed_tokens", _Embedding, stack.embed_tokens, forward_fn=_unscored)
         layers = [_Layer(cast(DecoderLayer, layer), stack) for layer in stack.layers]
         parts = [embedding, *layers, _Norm(stack.norm), head]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layout
             super().__init__(
                 parts, num_stages=run.engine.pipeline_stages, loss_fn=self._mean_loss, partition_method="type:_Layer"
             )
-        self._objective = objective
+        self._objective, self._kernels = objective, decoder.config.kernels.value
         self.tells_documents_apart, self.sequence_length = run.document_masks, run.sequence_length
         mine = {id(parameter) for parameter in self.parameters()}
         self.named_weights = {name: weight for name, weight in decoder.named_parameters() if id(weight) in mine}
 
-    def _mean_loss(self, logits_BLV: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
-        input_ids_BL, targets_BL, loss_tokens, *document_ids = labels
-        loss = self._objective if self.training else cross_entropy
-        return loss(logits_BLV, input_ids_BL, targets_BL, *document_ids) / loss_tokens
+    def _mean_loss(self, unscored: tuple[Tensor, Tensor], labels: tuple[Tensor, ...]) -> Tensor:
+        input_ids_BL, targets_BL, loss_tokens, *rest = labels
+        document_ids_BL = rest[0] if rest else None
+        loss: Loss = self._objective if self.training else cross_entropy
+        total = loss.from_hidden(*unscored, input_ids_BL, targets_BL, document_ids_BL, self._kernels)
+        return total / loss_tokens
 
 
 class _Embedding(nn.Embedding):
@@ -76,8 +77,9 @@ class _Embedding(nn.Embedding):
         return super().forward(carried)
 
 
-def _scores(embedding: _Embedding, x_BLD: Tensor) -> Tensor:
-    return F.linear(x_BLD, embedding.weight)
+def _unscored(embedding: _Embedding, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    """What the loss makes scores of, some tokens at a time."""
+    return x_BLD, embedding.weight
 
 
 class _Layer(nn.Module):
@@ -116,8 +118,8 @@ class _Head(nn.Module):
         super().__init__()
         self.lm_head = lm_head
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return cast(Tensor, self.lm_head(x_BLD))
+    def forward(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        return x_BLD, self.lm_head.weight
 
 
 def merge_groups(optimizer: torch.optim.Optimizer) -> None:

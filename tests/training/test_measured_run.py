@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import resource
@@ -25,6 +26,7 @@ from flows.config.training import TrainingRun
 from flows.model import arithmetic
 from flows.training.job import TrainingJob
 from flows.training.memory_plan import CPU_RUNTIME_BYTES
+from kernels.chunk_sizes import CPU_TOKENS
 
 Run = Callable[..., TrainingRun]
 STEPS, PROFILED = 5, 3
@@ -94,22 +96,30 @@ def test_each_log_says_how_fast_and_how_full(measured: Artifact) -> None:
         assert len(file.readlines()) == 1 + STEPS + 1
 
 
-def test_the_chosen_step_is_traced(measured: Artifact) -> None:
+def test_the_chosen_step_is_traced(measured: Artifact, run: TrainingRun) -> None:
     trace = json.loads((measured.path / "logs" / "trace-rank-0.json").read_text())
     products = [event for event in trace["traceEvents"] if event.get("name") == "aten::mm"]
-    # 7 matrices in each of 4 layers and the head, each forward and, on the way back, for its input and its weight.
-    assert len(products) == 3 * (7 * 4 + 1)
+    chunks = math.ceil(run.train.micro_batch_size * run.sequence_length / CPU_TOKENS)
+    # 7 matrices in each of 4 layers: forward and, on the way back, for input and weight. The head, some tokens at a
+    # time: forward and for its input; what is for its weight is added up by a product of another name.
+    assert len(products) == 3 * 7 * 4 + 2 * chunks
     assert "aten::mm" in (measured.path / "logs" / "trace-rank-0.txt").read_text()
 
 
 def test_deepspeeds_flops_profiler_counts_what_was_planned(measured: Artifact, run: TrainingRun) -> None:
-    """It counts one forward pass, all matrix products but those of fused attention, which it does not know."""
+    """It counts one forward pass, all matrix products but those of fused attention, which it does not know.
+
+    The head's gradients are computed on the way forward.
+    """
     report = Path(run.engine.deepspeed["flops_profiler"]["output_file"]).read_text()
     counted = re.search(r"fwd flops per GPU[ =]*:? *([\d.]+) *([GMT])", report)
     assert counted, report
     flops = float(counted[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[counted[2]]
     tokens = run.train.micro_batch_size * run.sequence_length
-    assert flops == pytest.approx(2 * tokens * arithmetic.matrix_parameter_count(run.model, 4096), rel=0.01)
+    head = 4096 * run.model.hidden_size
+    assert flops == pytest.approx(
+        2 * tokens * (arithmetic.matrix_parameter_count(run.model, 4096) + 2 * head), rel=0.01
+    )
 
 
 @pytest.mark.exhaustive

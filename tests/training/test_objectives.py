@@ -4,32 +4,127 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flows.config import ConfigError
 from flows.config.engine import EngineConfig
+from flows.config.lora import LoraConfig
+from flows.config.model import ModelConfig
 from flows.config.optimizer import OptimizerConfig
-from flows.config.training import Schedule, TrainConfig, TrainingRun
+from flows.config.training import Divergence, Schedule, TrainConfig, TrainingRun
+from flows.model.decoder import Decoder, initialize
+from flows.training import objectives
 from flows.training.batches import IGNORED
 from flows.training.deepspeed_config import deepspeed_config
-from flows.training.objectives import LossModule, distillation, kl_divergence
+from flows.training.lora import add_adapters
+from flows.training.objectives import Distillation, Loss, LossModule, cross_entropy, scoring_head
 from flows.training.schedules import ema_decay, learning_rate
+from kernels import head_chunks
 
 
-def test_kl_divergence_is_the_sum_written_out() -> None:
-    generator = torch.Generator().manual_seed(0)
-    student = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
-    teacher = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
-    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
-    targets = torch.tensor([[1, IGNORED, 2], [IGNORED, 3, 4]])
-    expected = (p * (p.log() - q.log())).sum(-1)[targets != IGNORED].sum()
-    eps = torch.finfo(torch.float64).eps
-    assert abs(kl_divergence(student, teacher, targets, 2.0) - expected) < 64 * eps
-    assert abs(kl_divergence(teacher, teacher, targets, 2.0)) < 64 * eps
+def decoder(seed: int, **shape: Any) -> Decoder:
+    shape = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1} | shape
+    model = Decoder(ModelConfig(num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, **shape), 50)
+    initialize(model, seed)
+    return model.double()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    targets = tokens[:, 1:].clone()
+    targets[0, :3] = IGNORED
+    return tokens[:, :-1], targets, torch.tensor(13.0)
+
+
+def results(model: nn.Module, loss: Loss, trains: bool = True) -> list[torch.Tensor]:
+    """The loss, and the gradient of each weight."""
+    module = LossModule(model, loss).train(trains)
+    mean = module(*batch())
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    return [mean.detach(), *torch.autograd.grad(mean, weights)]
+
+
+class Scores(nn.Module):
+    """A model of which nothing is known but its scores."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(input_ids)  # type: ignore[no-any-return]
+
+
+LOSSES: dict[str, Callable[[nn.Module], Loss]] = {
+    "cross-entropy": lambda teacher: cross_entropy,
+    **{kind.value: partial(Distillation, temperature=2.0, alpha=0.7, divergence=kind) for kind in Divergence},
+    "jsd of little weight": partial(Distillation, temperature=1.0, alpha=1.0, divergence=Divergence.jsd, beta=0.1),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", LOSSES)
+def test_hidden_states_have_the_loss_of_their_scores(name: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_chunks, "CPU_TOKENS", 5)
+    monkeypatch.setattr(objectives, "CHUNK_TOKENS", 5)
+    student, teacher = decoder(0, tie_word_embeddings=tied), decoder(1, hidden_size=16, num_hidden_layers=2)
+    ours = results(student, LOSSES[name](teacher))
+    for whole in (Scores(student), student):  # scores of the student, or of the teacher, and so of both
+        theirs = results(whole, LOSSES[name](Scores(teacher) if whole is student else teacher))
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
+    assert ours[0] != 0
+    assert results(student, LOSSES[name](teacher), trains=False)[0] == results(student, cross_entropy)[0]
+
+
+def test_scores_of_all_tokens_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_chunks, "CPU_TOKENS", 5)
+    student, teacher = decoder(0), decoder(1)
+    tokens = batch()[0].numel()
+
+    class NoScores(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                assert not (result.dim() > 1 and result.shape[-1] >= 50 and result.numel() >= tokens * 50), func
+            return result
+
+    with NoScores():
+        for loss in (cross_entropy, Distillation(teacher, 2.0, 0.5)):
+            results(student, loss)
+    with pytest.raises(AssertionError), NoScores():
+        results(Scores(student), cross_entropy)
+
+
+def test_a_head_with_an_adapter_makes_its_scores() -> None:
+    model = decoder(0, tie_word_embeddings=False).float()
+    assert scoring_head(model) is model.lm_head
+    add_adapters(model, LoraConfig(rank=2, targets=("lm_head",)), seed=0)
+    assert scoring_head(model) is None
+    with torch.no_grad():
+        model.lm_head.lora_B.weight.fill_(0.1)
+    ours, theirs = results(model, cross_entropy), results(Scores(model), cross_entropy)
+    assert len(ours) == 3
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_frozen_heads_and_frozen_models_get_no_gradient() -> None:
+    model = decoder(0, tie_word_embeddings=False)
+    whole = dict(zip([name for name, _ in model.named_parameters()], results(model, cross_entropy)[1:], strict=True))
+    model.lm_head.requires_grad_(False)
+    without_head = results(model, cross_entropy)[1:]
+    del whole["lm_head.weight"]
+    assert all(torch.equal(one, other) for one, other in zip(without_head, whole.values(), strict=True))
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    assert results(model, cross_entropy)[1].abs().max() > 0
 
 
 def test_temperature_keeps_the_size_of_the_gradient() -> None:
@@ -44,7 +139,7 @@ def test_temperature_keeps_the_size_of_the_gradient() -> None:
     for temperature in (5.0, 50.0):
         logits = torch.zeros(1, 1, 8, requires_grad=True)
         ids = torch.zeros(1, 1, dtype=torch.int64)
-        distillation(Teacher(), temperature, alpha=1.0)(logits, ids, ids).backward()
+        Distillation(Teacher(), temperature, alpha=1.0)(logits, ids, ids).backward()
         assert logits.grad is not None
         norms.append(logits.grad.norm().item())
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
@@ -64,7 +159,7 @@ def test_alpha_zero_is_cross_entropy_and_the_teacher_is_not_part_of_the_module()
 
     student = Model(nn.Linear(4, 6))
     ids, targets = torch.randint(6, (2, 3)), torch.randint(6, (2, 3))
-    module = LossModule(student, distillation(Model(teacher), 2.0, alpha=0.0))
+    module = LossModule(student, Distillation(Model(teacher), 2.0, alpha=0.0))
     targets[0, 0] = IGNORED
     mean = F.cross_entropy(student(ids).flatten(0, 1), targets.flatten())
     assert module(ids, targets, torch.tensor(5.0)).item() == pytest.approx(mean.item(), rel=1e-6)

@@ -24,7 +24,7 @@ from flows.data.mixture import open_split
 from flows.data.packed import IGNORED, PackedDataset
 from flows.model.checkpoint import load_decoder, save_decoder
 from flows.model.decoder import Decoder, initialize
-from flows.training.objectives import cross_entropy, distillation, scores
+from flows.training.objectives import Distillation, cross_entropy, scores
 from flows.training.receipts import RECEIPTS, verify_lines
 from flows.training.schedules import learning_rate
 from tests.training.conftest import SEQUENCE_LENGTH, TINY, VOCAB_SIZE
@@ -231,7 +231,7 @@ def _bare_losses(described: str, tokens_dir: Path, teacher_dir: Path | None, dty
     initialize(model, run.seed)
     model = model.to(dtype)
     loss_fn = (
-        distillation(load_decoder(teacher_dir).to(dtype), run.temperature, run.alpha) if teacher_dir else cross_entropy
+        Distillation(load_decoder(teacher_dir).to(dtype), run.temperature, run.alpha) if teacher_dir else cross_entropy
     )
     dataset = open_split(tokens_dir, "train", run.sequence_length, run.document_masks, {})
     config, size = run.train.optimizer, run.train.global_batch_size
