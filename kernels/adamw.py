@@ -93,7 +93,8 @@ def adamw(
         squares: Sum of squares of all gradients, scaled as they are [], from `gradient_squares`, over all ranks.
         max_norm: Gradients longer than this together are shortened to it; 0 = they are not. Read only with `squares`.
         loss_scale: What the loss was multiplied by; gradients are divided by it.
-        copies: Where the new weights are also written, float16 or bfloat16 of the weights' shapes; empty = nowhere.
+        copies: Where the new weights are also written, float16 or bfloat16 of the weights' shapes, contiguous; empty =
+            nowhere.
         kernels: `auto`, `triton` or `reference`; see `kernels.dispatch`.
 
     Raises:
@@ -105,13 +106,15 @@ def adamw(
     _check(weights, gradients=gradients, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, copies=copies or weights)
     if len(steps) != len(weights):
         raise ValueError(f"there are {len(steps)} steps for {len(weights)} weights")
-    stored = [*weights, *exp_avgs, *exp_avg_sqs]
-    if runs_kernel(kernels, gradients[0], columns=1, unfit=_unfit(stored, copies)):
+    if not all(copy.is_contiguous() for copy in copies):
+        raise ValueError("copies have to be contiguous")
+    stored = [*weights, *exp_avgs, *exp_avg_sqs, *steps]
+    if runs_kernel(kernels, gradients[0], columns=1, unfit=_unfit(stored, [*gradients, *copies])):
         _adamw(
             list(weights), list(gradients), list(exp_avgs), list(exp_avg_sqs), list(steps), list(copies), squares,
             learning_rate, *betas, eps, weight_decay, max_norm, loss_scale,
         )  # fmt: skip
-        torch.autograd.graph.increment_version([*stored, *steps, *copies])
+        torch.autograd.graph.increment_version([*stored, *copies])
         return
     reference.adamw(
         weights, gradients, exp_avgs, exp_avg_sqs, steps, learning_rate=learning_rate, betas=betas, eps=eps,
@@ -119,12 +122,14 @@ def adamw(
     )  # fmt: skip
 
 
-def _unfit(stored: Sequence[Tensor], copies: Sequence[Tensor]) -> str | None:
-    for tensor in stored:
-        if tensor.dtype != torch.float32:
-            return f"weights and moments have to be float32, not {tensor.dtype}"
-    if not all(tensor.is_contiguous() for tensor in (*stored, *copies)):
-        return "weights, moments and copies have to be contiguous"
+def _unfit(stored: Sequence[Tensor], narrow: Sequence[Tensor]) -> str | None:
+    dtypes, devices = {tensor.dtype for tensor in stored}, {tensor.device for tensor in (*stored, *narrow)}
+    if dtypes != {torch.float32}:
+        return f"weights, moments and steps have to be float32, not {' or '.join(sorted(map(str, dtypes)))}"
+    if len(devices) > 1:
+        return f"all tensors have to be on one device, not on {' and '.join(sorted(map(str, devices)))}"
+    if not all(tensor.is_contiguous() for tensor in stored):
+        return "weights and moments have to be contiguous"
     return None
 
 

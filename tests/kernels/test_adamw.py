@@ -317,10 +317,10 @@ def test_what_cannot_be_is_refused(device: str) -> None:
     state, gradients = made(device, [(4,), (3, 5)]), normal([(4,), (3, 5)], device, 1)
     with pytest.raises(KernelError, match=r"kernels take .*, not torch\.float64"):
         gradient_squares([gradient.double() for gradient in gradients], "triton")
-    with pytest.raises(KernelError, match=r"weights and moments have to be float32, not torch\.float64"):
+    with pytest.raises(KernelError, match=r"steps have to be float32, not torch\.float32 or torch\.float64"):
         state.as_(torch.float64).update(gradients, copies=())
     turned = [state.weights[0], state.weights[1].t().contiguous().t()]
-    with pytest.raises(KernelError, match="weights, moments and copies have to be contiguous"):
+    with pytest.raises(KernelError, match="weights and moments have to be contiguous"):
         State(turned, state.exp_avgs, state.exp_avg_sqs, state.steps, []).update(gradients)
     with pytest.raises(ValueError, match=r"gradients have shapes \[\[4\]\]; weights have \[\[4\], \[3, 5\]\]"):
         state.update(gradients[:1])
@@ -328,6 +328,12 @@ def test_what_cannot_be_is_refused(device: str) -> None:
         state.update([gradients[0].bfloat16(), gradients[1]])
     with pytest.raises(ValueError, match="gradients have to be of one dtype, not of none"):
         gradient_squares([])
+    with pytest.raises(KernelError, match=r"all tensors have to be on one device, not on .* and meta"):
+        State(state.weights, state.exp_avgs, state.exp_avg_sqs, [step.to("meta") for step in state.steps], []).update(
+            gradients
+        )
+    with pytest.raises(ValueError, match="copies have to be contiguous"):
+        state.update(gradients, copies=turned)
     state.steps.pop()
     with pytest.raises(ValueError, match="there are 1 steps for 2 weights"):
         state.update(gradients)
