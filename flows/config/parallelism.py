@@ -160,6 +160,7 @@ def _check_kind_of_training(run: TrainingRun) -> None:
         "trainable": list(train.trainable) or None,
         "freeze": list(train.freeze) or None,
     }
+    _check_zeros(run)
     for field, parts in cut.items():
         for name, chosen in whole.items():
             require(
@@ -170,6 +171,27 @@ def _check_kind_of_training(run: TrainingRun) -> None:
                 "or an even part of each",
                 f"Train with adamw and all weights, or without {field}.",
             )
+
+
+def _check_zeros(run: TrainingRun) -> None:
+    engine, train = run.engine, run.train
+    shown_right: dict[str, tuple[object, object]] = {
+        "engine.pipeline_stages": (engine.pipeline_stages, 1),
+        "engine.tensor_parallel_size": (engine.tensor_parallel_size, 1),
+        f"{run.train_section}.optimizer.name": (
+            train.optimizer.name,
+            "adamw" if train.optimizer.name == "muon" else train.optimizer.name,
+        ),
+        f"{run.train_section}.lora.rank": (train.lora.rank, 0),
+    }
+    for field, (value, only) in shown_right.items():
+        require(
+            not run.keep_zeros or value == only,
+            field,
+            value,
+            f"cannot be combined with the sparse {run.start} to start from: its zeros would not stay zeros",
+            f"Set {field}={only}, or prune after the training.",
+        )
 
 
 NOT_WITH_EXPERTS: dict[str, tuple[object, ...]] = {

@@ -44,6 +44,17 @@ def choose_weights(model: nn.Module, train: TrainConfig, seed: int) -> None:
         )
 
 
+def keep_zeros(model: nn.Module) -> None:
+    """Has matrix weights that are zero now stay zero: their gradient is zero from now on, whatever shares the work.
+
+    No update rule but Muon's moves a weight without a gradient, weight decay included.
+    """
+    for parameter in model.parameters():
+        alive = parameter.detach() != 0
+        if parameter.dim() == 2 and not alive.all():
+            parameter.register_hook(lambda gradient, alive=alive: gradient * alive.to(gradient.device))
+
+
 def check_patterns(field: str, patterns: Sequence[str], names: Collection[str], kind: str) -> None:
     """Raises `ConfigError` for a pattern that matches none of the names; shows those that are spelt alike."""
     for pattern in patterns:
