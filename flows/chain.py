@@ -51,7 +51,9 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
         match step.kind:
             case StepKind.distill:
                 start = {"start": models[step.start]} if step.start else {}
-                models[name] = run(Stage(name, "flows.training.stage", runs[name], {**data, "teacher": source, **start}))
+                models[name] = run(
+                    Stage(name, "flows.training.stage", runs[name], {**data, "teacher": source, **start})
+                )
             case StepKind.prune:
                 parents = {"model": source, "tokens": tokens}
                 models[name] = run(Stage(name, "flows.compression.prune", config.pruning(name), parents))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from flows.artifact import Artifact, write_json_atomically
-from flows.compression.calibration import Calibration, draw_calibration
+from flows.compression.calibration import draw_calibration
 from flows.compression.importance import Importance, mean_loss, measure_importance
 from flows.compression.prune_parts import Kept, choose_parts, keep_parts, norm_scales
-from flows.compression.prune_weights import prune_weights_
+from flows.compression.prune_weights import LayerSparsity, prune_weights_
 from flows.config.model import ModelConfig
 from flows.config.prune import PruneConfig, PruningConfig, pruned_shape
 from flows.data.tokenizer import copy_tokenizer
@@ -48,11 +48,11 @@ def build(directory: Path, config: PruningConfig, parents: Mapping[str, Artifact
     calibration = draw_calibration(parents["tokens"].path, config)
     source_loss = mean_loss(model, calibration)
     importance = measure_importance(model, calibration, config.prune.layer_importance)
+    kept, small, sparsity = None, model, tuple[LayerSparsity, ...]()
     if config.prune.is_structured:
         kept = choose_parts(importance, model.config, shape, config.prune.layers)
-        small, sparsity = smaller_decoder(model, kept, shape, importance), ()
+        small = smaller_decoder(model, kept, shape, importance)
     else:
-        kept, small = None, model
         sparsity = prune_weights_(small, config.prune, importance.input_squares)
     found = read_json(source_dir)
     state = small.cpu().state_dict()

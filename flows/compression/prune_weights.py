@@ -1,4 +1,4 @@
-"""Unstructured pruning: single weights become zero. The tensors keep their size: zeros are stored like other numbers."""
+"""Unstructured pruning: single weights become zero. Tensors keep their size: zeros are stored like other numbers."""
 
 from __future__ import annotations
 
@@ -82,5 +82,5 @@ def _zeros(score: Tensor, config: PruneConfig) -> Tensor:
 
 def _smallest(score: Tensor, share: float) -> Tensor:
     """Marks the smallest scores of each row [..., K], exactly round(share x K) of them; of equal ones the first."""
-    order = score.argsort(-1, stable=True)[..., : round(share * score.shape[-1])]
+    order = score.argsort(dim=-1, stable=True)[..., : round(share * score.shape[-1])]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, True)

@@ -167,7 +167,13 @@ class Config:
             assert isinstance(distill, DistillConfig)
             student = replace(shapes[name], initial_weights=None) if start else distill.student
             run = self._training_run(
-                Objective.distillation, student, distill.train, distill.temperature, distill.alpha, start, name in sparse
+                Objective.distillation,
+                student,
+                distill.train,
+                distill.temperature,
+                distill.alpha,
+                start,
+                name in sparse,
             )
             runs[name] = run
         return runs

@@ -41,9 +41,7 @@ class GatesConfig:
             self,
             ["max_loss_ratio", "max_quantized_loss_ratio", "max_quantized_bytes_ratio"],
         )
-        require_positive(
-            "evaluate.gates", self, ["max_compressed_bytes_ratio", "max_compressed_latency_ratio"]
-        )
+        require_positive("evaluate.gates", self, ["max_compressed_bytes_ratio", "max_compressed_latency_ratio"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,8 +186,8 @@ def pruned_shape(source: ModelConfig, config: PruneConfig, name: str) -> ModelCo
         heads % groups == 0 and heads // groups <= per_group,
         "prune.num_attention_heads",
         heads,
-        f"must be one of {[groups * count for count in range(1, per_group + 1)]}: {name} has {per_group} query heads in "
-        f"each group, and {groups} groups stay",
+        f"must be one of {[groups * count for count in range(1, per_group + 1)]}: {name} has {per_group} query heads "
+        f"in each group, and {groups} groups stay",
         f"Set prune.num_attention_heads={groups * per_group}, or null.",
     )
     hidden = config.hidden_size or source.hidden_size

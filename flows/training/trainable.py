@@ -1,3 +1,5 @@
+# torch.Tensor.register_hook is untyped:
+# mypy: disable-error-code="no-untyped-call"
 """Which weights are trained: all, those that patterns name, or adapters beside them."""
 
 from __future__ import annotations
@@ -6,8 +8,9 @@ import difflib
 import math
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from flows.config.checks import ConfigError
 from flows.config.training import TrainConfig
@@ -52,7 +55,11 @@ def keep_zeros(model: nn.Module) -> None:
     for parameter in model.parameters():
         alive = parameter.detach() != 0
         if parameter.dim() == 2 and not alive.all():
-            parameter.register_hook(lambda gradient, alive=alive: gradient * alive.to(gradient.device))
+            parameter.register_hook(partial(_where, alive))
+
+
+def _where(alive: Tensor, gradient: Tensor) -> Tensor:
+    return gradient * alive.to(gradient.device)
 
 
 def check_patterns(field: str, patterns: Sequence[str], names: Collection[str], kind: str) -> None:

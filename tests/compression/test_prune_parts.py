@@ -65,7 +65,10 @@ def silence(model: Decoder, kept: Kept) -> None:
 
 
 NARROW = {
-    "neurons": (PruneConfig(intermediate_size=7), {"neurons": [[0, 1, 5, 6, 11, 18, 19], [*range(7)], [*range(13, 20)]]}),
+    "neurons": (
+        PruneConfig(intermediate_size=7),
+        {"neurons": [[0, 1, 5, 6, 11, 18, 19], [*range(7)], [*range(13, 20)]]},
+    ),
     "groups": (
         PruneConfig(num_key_value_heads=2),
         {"groups": [[0, 2], [1, 2], [0, 1]], "heads": [[0, 1, 4, 5], [2, 3, 4, 5], [0, 1, 2, 3]]},
@@ -97,7 +100,7 @@ def test_the_pruned_model_is_the_whole_one_with_parts_silenced(part: str, archit
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_narrower_residual_stream_is_the_silenced_one_up_to_the_statistic_of_its_norms(tied: bool) -> None:
-    """A mean over D' channels is D / D' of one over D where the others are zero: so are its weights, and its epsilon."""
+    """A mean over D' channels is D / D' of one over D where the others are zero: so are weights and epsilon."""
     model = decoder(replace(SOURCE, tie_word_embeddings=tied))
     kept = replace(everything(model.config), channels=[*range(3, 30), 40, 41, 47])
     small = pruned(model, kept, PruneConfig(hidden_size=30))
@@ -140,7 +143,11 @@ def test_norms_are_scaled_by_how_much_larger_the_kept_channels_are() -> None:
 def test_the_best_parts_are_kept_each_layer_its_own_groups_with_their_query_heads() -> None:
     importance = Importance(
         neurons=[torch.tensor([3.0, 1, 2, 4]), torch.tensor([1.0, 1, 1, 1]), torch.tensor([0.0, 5, 0, 6])],
-        heads=[torch.tensor([1.0, 1, 9, 0, 2, 3]), torch.tensor([0.0, 9, 1, 1, 4, 4]), torch.tensor([6.0, 5, 4, 3, 2, 1])],
+        heads=[
+            torch.tensor([1.0, 1, 9, 0, 2, 3]),
+            torch.tensor([0.0, 9, 1, 1, 4, 4]),
+            torch.tensor([6.0, 5, 4, 3, 2, 1]),
+        ],
         channels=torch.tensor([1.0, 7, 7, 0]),
         layers=torch.tensor([0.2, 0.1, 0.3]),
     )
