@@ -106,7 +106,7 @@ def norm_scales(importance: Importance, state: Mapping[str, Tensor], kept: Kept)
     for norm, reader in places.items():
         weight = state[norm].double().cpu()
         squares = importance.input_squares[reader] / weight.square().clamp_min(1e-12)
-        scales[norm] = float(squares[kept.channels].mean().sqrt())
+        scales[norm] = float((squares[kept.channels].mean() / squares.mean()).sqrt())
     return scales
 
 
