@@ -69,7 +69,9 @@ def test_a_sparse_model_keeps_its_shape_and_reports_every_matrix(
     assert read_config(tmp_path / "pruned") == read_config(source.path)
     assert [row["sparsity"] for row in metrics["layers"] if row["skipped_reason"] is None] == [0.5] * 14
     assert {row["name"] for row in metrics["layers"] if row["skipped_reason"]} == {"model.embed_tokens", "lm_head"}
-    assert len({json.dumps(asdict(row)) if not isinstance(row, dict) else row["name"] for row in metrics["layers"]}) == 16
+    assert (
+        len({json.dumps(asdict(row)) if not isinstance(row, dict) else row["name"] for row in metrics["layers"]}) == 16
+    )
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path, source: Artifact, tokens: Artifact) -> None:

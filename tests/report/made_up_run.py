@@ -90,7 +90,7 @@ def make_run(
         add(f"program:{name}", 6.5, [name], program)
         loss = bits_per_byte[name] * BYTES_PER_TOKEN * math.log(2)
         quality = Quality(loss, math.exp(loss), 0.62 - loss / 25, bits_per_byte[name], 131_072, 446_955)
-        add(f"quality:{name}", 8.2, [name, "tokens", "tokenizer"], asdict(quality))
+        add(f"quality:{name}", 8.2, [name, "tokens", "tokenizer"], {**asdict(quality), "faults": []})
     add("latency", 11.4, [f"program:{name}" for name in config.candidates], _latency_metrics(config))
 
     measured = [role for role in made if ":" in role] + ["latency", "baselines"]
