@@ -40,6 +40,8 @@ class Importance:
     """Of the residual stream, over all norms, float64 [D]."""
     layers: Tensor = field(default_factory=lambda: torch.zeros(0))
     """float64 [layers]."""
+    loss: float = 0.0
+    """Of the whole model on the calibration data, nats per token."""
     input_squares: dict[str, Tensor] = field(default_factory=dict)
     """Mean square of each input of each linear layer, by the layer's name, float64 [inputs]."""
 
@@ -72,6 +74,7 @@ def measure_importance(model: Decoder, calibration: Calibration, layers_by: Laye
         heads=[seen.sums[f"{name}.self_attn.o_proj"].sqrt() for name in blocks],
         channels=torch.stack([seen.sums[name].sqrt() for name in norms]).sum(0),
         layers=layers,
+        loss=whole_loss,
         input_squares=squares,
     )
 

@@ -46,7 +46,6 @@ def build(directory: Path, config: PruningConfig, parents: Mapping[str, Artifact
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     shape = pruned_shape(model.config, config.prune, parents["model"].stage)
     calibration = draw_calibration(parents["tokens"].path, config)
-    source_loss = mean_loss(model, calibration)
     importance = measure_importance(model, calibration, config.prune.layer_importance)
     kept, small, sparsity = None, model, tuple[LayerSparsity, ...]()
     if config.prune.is_structured:
@@ -67,7 +66,7 @@ def build(directory: Path, config: PruningConfig, parents: Mapping[str, Artifact
         "importance": _drawn(importance, kept, config.prune),
         "layers": [asdict(layer) for layer in sparsity],
         "calibration": calibration.to_metrics(),
-        "source_loss": source_loss,
+        "source_loss": importance.loss,
         "loss": mean_loss(small, calibration),
     }
 
