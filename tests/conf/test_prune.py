@@ -15,6 +15,8 @@ from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.prune import PruneConfig, SparsityMethod, pruned_shape
 from flows.config.steps import StepConfig
 from flows.config.training import DistillConfig, TrainConfig
+from flows.model.arithmetic import parameter_count
+from flows.plan import plan
 
 HALF = PruneConfig(intermediate_size=344)
 
@@ -126,3 +128,15 @@ def test_what_would_fill_zeros_is_refused(settings: dict[str, Any], message: str
     steps = {"pruned": StepConfig(prune="base"), "healed": StepConfig(distill="base", start="pruned")}
     with pytest.raises(ConfigError, match=message):
         Config(steps=steps, prune=PruneConfig(sparsity=0.5), **settings)
+
+
+def test_a_plan_counts_the_pruned_shape_also_as_a_teacher(capsys: pytest.CaptureFixture[str]) -> None:
+    more = "+steps.student={distill: pruned, settings: {student: {hidden_size: 64, num_hidden_layers: 1}}}"
+    config = compose_config(["+experiment=prune_heal", more, "plan.hardware=h100"])
+    plan(config)
+    left = parameter_count(config.shapes()["pruned"], config.data.tokenizer.vocab_size)
+    whole = parameter_count(config.model, config.data.tokenizer.vocab_size)
+    printed = capsys.readouterr().out
+    assert left < 0.55 * whole
+    assert f"{left:,}, and {whole:,} of the teacher" in printed
+    assert f", and {left:,} of the teacher" in printed
