@@ -51,7 +51,13 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
         source = models[step.source]
         match step.kind:
             case StepKind.distill:
-                models[name] = run(Stage(name, "flows.training.stage", runs[name], {**data, "teacher": source}))
+                start = {"start": models[step.start]} if step.start else {}
+                models[name] = run(
+                    Stage(name, "flows.training.stage", runs[name], {**data, "teacher": source, **start})
+                )
+            case StepKind.prune:
+                parents = {"model": source, "tokens": tokens}
+                models[name] = run(Stage(name, "flows.compression.prune", config.pruning(name), parents))
             case StepKind.quantize:
                 settings = config.step_settings(name)
                 models[name] = run(Stage(name, "flows.compression.quantize", settings, {"model": source}))

@@ -28,9 +28,9 @@ def plan(config: Config) -> None:
     """Prints the plan of each model that the run trains."""
     hardware = find_hardware(config.plan.hardware, config.engine.device)
     vocab_size, train_tokens = _data(config)
-    runs = config.training_runs()
-    for name, run in runs.items():
-        teacher = runs[config.steps[name].source].model if name in config.steps else None
+    shapes = config.shapes()
+    for name, run in config.training_runs().items():
+        teacher = shapes[config.steps[name].source] if name in config.steps else None
         print(render_plan(name, make_plan(run, vocab_size, hardware, config.plan, teacher, train_tokens)))
     if train_tokens is None:
         print("The data has not been encoded yet: epochs are not known, and the vocabulary is the one asked for.")

@@ -13,6 +13,7 @@ from flows.config.hardware import PlanConfig
 from flows.config.json_form import flat_settings, from_json, from_plain, to_json, to_plain, with_settings
 from flows.config.launcher import LauncherConfig
 from flows.config.model import Architecture, ModelConfig
+from flows.config.prune import PruneConfig, PruningConfig, pruned_shape
 from flows.config.serving import (
     AUTO_CANDIDATE,
     EntryConfig,
@@ -49,6 +50,7 @@ class Config:
     steps: dict[str, StepConfig] = field(default_factory=dict)
     """Candidates besides the base model, by name, each made from one before it, e.g. {student: {distill: base}}."""
     distill: DistillConfig = field(default_factory=DistillConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -111,9 +113,9 @@ class Config:
             f"must not exceed data.sequence_length={self.data.sequence_length}",
             f"Set evaluate.latency.tokens={self.data.sequence_length}.",
         )
-        self.training_runs()
         for name in self.steps:
             self.step_settings(name)
+        self.training_runs()
         self.passport()
 
     @property
@@ -126,26 +128,65 @@ class Config:
         """Names of the models that are trained."""
         return [BASE, *(name for name, step in self.steps.items() if step.kind == StepKind.distill)]
 
-    def step_settings(self, name: str) -> DistillConfig | QuantizeConfig:
+    def step_settings(self, name: str) -> DistillConfig | PruneConfig | QuantizeConfig:
         """The section that a step uses, with the step's own settings."""
         step = self.steps[name]
-        section: DistillConfig | QuantizeConfig = getattr(self, step.kind)
+        section: DistillConfig | PruneConfig | QuantizeConfig = getattr(self, step.kind)
         return with_settings(section, step.settings, f"steps.{name}.settings") if step.settings else section
+
+    def shapes(self) -> dict[str, ModelConfig]:
+        """Shape of each candidate, known before any of them is made."""
+        shapes = {BASE: self.model}
+        for name, step in self.steps.items():
+            match self.step_settings(name):
+                case DistillConfig() as distill:
+                    shapes[name] = shapes[step.start] if step.start else distill.student
+                case PruneConfig() as prune:
+                    shapes[name] = pruned_shape(shapes[step.source], prune, step.source)
+                case QuantizeConfig():
+                    shapes[name] = shapes[step.source]
+        return shapes
+
+    def sparse_candidates(self) -> dict[str, str]:
+        """Candidates with zeros among their weights, by name: how many and in which pattern, in words."""
+        sparse: dict[str, str] = {}
+        for name, step in self.steps.items():
+            settings = self.step_settings(name)
+            if isinstance(settings, PruneConfig) and settings.sparsity:
+                sparse[name] = settings.pattern or f"{settings.sparsity:g}"
+            elif (source := step.start if step.kind == StepKind.distill else step.source) in sparse:
+                sparse[name] = sparse[source]
+        return sparse
 
     def training_runs(self) -> dict[str, TrainingRun]:
         """Training of the base model, and of each student, by candidate."""
+        shapes, sparse = self.shapes(), self.sparse_candidates()
         runs = {BASE: self._training_run(Objective.cross_entropy, self.model, self.train)}
         for name in self.trained_candidates[1:]:
-            distill = self.step_settings(name)
+            distill, start = self.step_settings(name), self.steps[name].start
             assert isinstance(distill, DistillConfig)
+            student = replace(shapes[name], initial_weights=None) if start else distill.student
             runs[name] = replace(
-                self._training_run(Objective.distillation, distill.student, distill.train),
+                self._training_run(Objective.distillation, student, distill.train),
                 temperature=distill.temperature,
                 alpha=distill.alpha,
                 divergence=distill.divergence,
                 jsd_beta=distill.jsd_beta,
+                start=start,
+                keep_zeros=name in sparse,
             )
         return runs
+
+    def pruning(self, name: str) -> PruningConfig:
+        """What a step of kind `prune` does."""
+        settings = self.step_settings(name)
+        assert isinstance(settings, PruneConfig)
+        return PruningConfig(
+            prune=settings,
+            sequence_length=self.data.sequence_length,
+            document_masks=self.data.document_masks,
+            mixture=self.data.weights,
+        )
 
     def quality(self) -> QualityConfig:
         """Measurement of each candidate on the test split."""
@@ -158,7 +199,12 @@ class Config:
 
     def gating(self) -> GatingConfig:
         """Choice among the candidates."""
-        return GatingConfig(steps=self.steps, gates=self.evaluate.gates, candidate=self.publish.candidate)
+        return GatingConfig(
+            steps=self.steps,
+            gates=self.evaluate.gates,
+            candidate=self.publish.candidate,
+            sparse=self.sparse_candidates(),
+        )
 
     def entry(self) -> EntryConfig:
         """Model repository entry of the chosen candidate."""

@@ -30,15 +30,18 @@ class GatesConfig:
     """Test loss of a quantized candidate over its source's."""
     max_quantized_bytes_ratio: float = 0.3
     """Bytes of a quantized candidate's program over its source's."""
+    max_compressed_bytes_ratio: float = 0.98
+    """Bytes of a student's or pruned candidate's program over its source's: one that is as large is not compressed."""
     max_compressed_latency_ratio: float = 1.0
-    """p50 latency of a student or quantized candidate over its source's: one that is slower is not compressed."""
+    """p50 latency of a candidate over its source's: one that is slower is not compressed."""
 
     def __post_init__(self) -> None:
         require_positive(
             "evaluate.gates",
             self,
-            ["max_loss_ratio", "max_quantized_loss_ratio", "max_quantized_bytes_ratio", "max_compressed_latency_ratio"],
+            ["max_loss_ratio", "max_quantized_loss_ratio", "max_quantized_bytes_ratio"],
         )
+        require_positive("evaluate.gates", self, ["max_compressed_bytes_ratio", "max_compressed_latency_ratio"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +110,5 @@ class GatingConfig:
     gates: GatesConfig
     candidate: str
     """Which one the user wants: `auto` or a name."""
+    sparse: dict[str, str] = field(default_factory=dict)
+    """Candidates with zeros among their weights, by name: which share, or `2:4`."""

@@ -163,6 +163,7 @@ def _check_kind_of_training(run: TrainingRun) -> None:
         "trainable": list(train.trainable) or None,
         "freeze": list(train.freeze) or None,
     }
+    _check_zeros(run)
     for field, parts in cut.items():
         for name, chosen in whole.items():
             require(
@@ -207,6 +208,27 @@ def _check_fp8(run: TrainingRun) -> None:
             size,
             f"must be a multiple of {FP8_MULTIPLE} for engine.precision=fp8: GPUs multiply fp8 in tiles of so many",
             f"Make it {FP8_MULTIPLE * max(1, round(size / FP8_MULTIPLE))}, or set engine.precision=bf16.",
+        )
+
+
+def _check_zeros(run: TrainingRun) -> None:
+    engine, train = run.engine, run.train
+    shown_right: dict[str, tuple[object, object]] = {
+        "engine.pipeline_stages": (engine.pipeline_stages, 1),
+        "engine.tensor_parallel_size": (engine.tensor_parallel_size, 1),
+        f"{run.train_section}.optimizer.name": (
+            train.optimizer.name,
+            "adamw" if train.optimizer.name == "muon" else train.optimizer.name,
+        ),
+        f"{run.train_section}.lora.rank": (train.lora.rank, 0),
+    }
+    for field, (value, only) in shown_right.items():
+        require(
+            not run.keep_zeros or value == only,
+            field,
+            value,
+            f"cannot be combined with the sparse {run.start} to start from: its zeros would not stay zeros",
+            f"Set {field}={only}, or prune after the training.",
         )
 
 

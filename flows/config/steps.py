@@ -20,6 +20,7 @@ class StepKind(StrEnum):
     """What is done; the section of the configuration with its settings has the same name."""
 
     distill = "distill"
+    prune = "prune"
     quantize = "quantize"
 
 
@@ -30,6 +31,10 @@ class StepConfig:
     __pydantic_config__ = ConfigDict(extra="forbid")  # entries have names of the user's: OmegaConf cannot check them
     distill: str | None = None
     """Candidate that teaches it."""
+    start: str | None = None
+    """With `distill`: candidate whose shape and weights it starts from; null = a model drawn as `student` says."""
+    prune: str | None = None
+    """Candidate of which it keeps what matters most."""
     quantize: str | None = None
     """Candidate whose weights it has, in fewer bits."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +85,27 @@ def check_steps(steps: Mapping[str, StepConfig]) -> None:
             "is quantized, and what is quantized is final",
             f"Set {place}.{step.kind}={steps[step.source].source}." if step.source in steps else "",
         )
+        _check_start(step, place, before)
+
+
+def _check_start(step: StepConfig, place: str, before: Mapping[str, StepKind | None]) -> None:
+    if step.start is None:
+        return
+    require(
+        step.kind == StepKind.distill,
+        f"{place}.start",
+        step.start,
+        f"is where training starts, and {step.kind} trains nothing",
+        f"Leave {place}.start out.",
+    )
+    require(
+        before.get(step.start, StepKind.quantize) != StepKind.quantize,
+        f"{place}.start",
+        step.start,
+        "is not a floating-point model made before it; before it are "
+        f"{[name for name, kind in before.items() if kind != StepKind.quantize]}",
+        f"Set {place}.start={BASE}, or leave it out.",
+    )
 
 
 def _before(steps: Mapping[str, StepConfig], name: str) -> Iterator[tuple[str, StepKind | None]]:

@@ -197,11 +197,15 @@ class TrainingRun:
     """Whether documents that share a sequence are told apart."""
     mixture: dict[str, int] = field(default_factory=dict)
     """Weight of each corpus by name; empty = there is one."""
+    start: str | None = None
+    """Candidate that the weights come from; null = `model.initial_weights`, or drawn."""
+    keep_zeros: bool = False
+    """Whether weights that are zero at the start stay zero: those of a sparse candidate."""
 
     @property
     def model_section(self) -> str:
         """Where the user sets this run's model, for messages."""
-        return "distill.student" if self.objective == Objective.distillation else "model"
+        return self.start or ("distill.student" if self.objective == Objective.distillation else "model")
 
     @property
     def train_section(self) -> str:
@@ -251,7 +255,7 @@ class TrainingRun:
             f"Set {self.model_section}.kernels=auto, or engine.offload_optimizer=none.",
         )
         require(
-            not self.train.lora.enabled or self.model.initial_weights is not None,
+            not self.train.lora.enabled or self.model.initial_weights is not None or self.start is not None,
             "train.lora.rank",
             self.train.lora.rank,
             f"needs trained weights to adapt, and {self.model_section}.initial_weights is null",

@@ -10,8 +10,9 @@ from typing import Any
 
 from flows.artifact import Artifact, write_json_atomically
 from flows.config.compression import GatesConfig, GatingConfig
+from flows.config.prune import TWO_OF_FOUR
 from flows.config.serving import AUTO_CANDIDATE
-from flows.config.steps import BASE, StepConfig, StepKind
+from flows.config.steps import BASE, StepKind
 
 QUALITY, PROGRAM = "quality:", "program:"
 """What the roles of a candidate's measurements start with; its name follows."""
@@ -43,6 +44,14 @@ class Row:
     p50_ratio: float | None = None
     base_loss_ratio: float | None = None
     """Over the base model's."""
+    start: str | None = None
+    """The candidate that its training started from, where there is one."""
+    recovered: float | None = None
+    """Share that training won back of the loss by which `start` lies above the source."""
+    faults: tuple[str, ...] = ()
+    """What makes it no language model at all, whatever its loss."""
+    sparse: str | None = None
+    """Share of zeros among its weights that pruning asked for, or `2:4`."""
     passed: bool = False
     reasons: tuple[str, ...] = ()
     """A sentence for every gate that it fails."""
@@ -60,7 +69,7 @@ def build(directory: Path, config: GatingConfig, parents: Mapping[str, Artifact]
         `candidates` (the rows, in the order of `parents`), `chosen` (a name or None) and `choice`, a sentence on why.
     """
     unigram = parents["baselines"].metrics["unigram_bits_per_byte"]
-    rows = judge(_measured(parents, config.steps), config.gates, unigram)
+    rows = judge(_measured(parents, config), config.gates, unigram)
     chosen, choice = choose(rows, config.candidate)
     metrics = {"candidates": [asdict(row) for row in rows], "chosen": chosen, "choice": choice}
     write_json_atomically(directory / "gates.json", metrics)
@@ -86,6 +95,7 @@ def judge(rows: list[Row], gates: GatesConfig, unigram_bits_per_byte: float) -> 
                 bytes_ratio=row.program_bytes / source.program_bytes,
                 p50_ratio=row.p50_ms / source.p50_ms,
                 base_loss_ratio=row.loss / by_name[BASE].loss,
+                recovered=_recovered(row, source, by_name),
             )
         reasons = tuple(_failures(row, by_name, gates, unigram_bits_per_byte))
         judged.append(replace(row, passed=not reasons, reasons=reasons))
@@ -112,8 +122,15 @@ def choose(rows: list[Row], wanted: str) -> tuple[str | None, str]:
     return None, f"publish.candidate={wanted} failed the gates: {', '.join(row.reasons)}"
 
 
-def _measured(parents: Mapping[str, Artifact], steps: Mapping[str, StepConfig]) -> list[Row]:
-    rows = []
+def _recovered(row: Row, source: Row, by_name: Mapping[str, Row]) -> float | None:
+    if row.start is None or not by_name[row.start].loss > source.loss:
+        return None
+    return (by_name[row.start].loss - row.loss) / (by_name[row.start].loss - source.loss)
+
+
+def _measured(parents: Mapping[str, Artifact], config: GatingConfig) -> list[Row]:
+    rows: list[Row] = []
+    steps = config.steps
     for name in (role.removeprefix(QUALITY) for role in parents if role.startswith(QUALITY)):
         quality = parents[f"{QUALITY}{name}"].metrics
         program = parents[f"{PROGRAM}{name}"].metrics
@@ -132,12 +149,16 @@ def _measured(parents: Mapping[str, Artifact], steps: Mapping[str, StepConfig]) 
                 p50_ms=timing["p50_ms"],
                 p95_ms=timing["p95_ms"],
                 throughput=timing["throughput"]["tokens_per_s"],
+                start=steps[name].start if name in steps else None,
+                faults=tuple(quality["faults"]),
+                sparse=config.sparse.get(name),
             )
         )
     return rows
 
 
 def _failures(row: Row, by_name: Mapping[str, Row], gates: GatesConfig, unigram: float) -> Iterator[str]:
+    yield from row.faults
     if not math.isfinite(row.loss):
         yield f"test loss is {row.loss}"
     if gates.beat_unigram and not row.bits_per_byte < unigram:
@@ -154,14 +175,30 @@ def _failures(row: Row, by_name: Mapping[str, Row], gates: GatesConfig, unigram:
             )
 
     yield from above("test loss", row.loss, base, base.loss, gates.max_loss_ratio, "max_loss_ratio")
+    size, of_source = row.program_bytes / 1e6, source.program_bytes / 1e6
     if row.kind == StepKind.quantize:
         yield from above(
             "test loss", row.loss, source, source.loss, gates.max_quantized_loss_ratio, "max_quantized_loss_ratio"
         )
-        size, of_source = row.program_bytes / 1e6, source.program_bytes / 1e6
         yield from above(
             "program size in MB", size, source, of_source, gates.max_quantized_bytes_ratio, "max_quantized_bytes_ratio"
         )
+    else:
+        yield from above(
+            "program size in MB",
+            size,
+            source,
+            of_source,
+            gates.max_compressed_bytes_ratio,
+            "max_compressed_bytes_ratio",
+        )
+        if row.sparse == TWO_OF_FOUR:
+            yield (
+                "2:4 sparsity is run by sparse tensor cores of NVIDIA GPUs from compute capability 8.0 on; its program "
+                "is dense and stores and multiplies every zero"
+            )
+        elif row.sparse is not None:
+            yield f"{row.sparse} of its layers' weights are zeros, which its program stores and multiplies like others"
     yield from above(
         "p50 latency in ms",
         row.p50_ms,

@@ -22,9 +22,12 @@ from flows.config.compression import QualityConfig
 from flows.config.model import Kernels
 from flows.data.mixture import open_split
 from flows.data.packed import IGNORED, Sequences
+from flows.evaluation.sanity import find_faults
 
 SCORES_LIMIT = 2**25
 """Scores held at once; bounds memory to a few times 128 MiB at any vocabulary size."""
+PROMPTS, PROMPT_TOKENS = 4, 16
+"""Beginnings of test sequences that a candidate must be able to go on from."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
         parents: `model`, `tokens`, `tokenizer`.
 
     Returns:
-        The fields of `Quality`, and `parameters`.
+        The fields of `Quality`, `parameters`, and `faults`, the sentences of `find_faults`.
 
     Raises:
         ConfigError: `evaluate.max_tokens` is less than one sequence, or the test split is.
@@ -71,7 +74,9 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
     sequences = config.max_tokens // config.sequence_length
     batch_size = max(1, min(16, SCORES_LIMIT // (config.sequence_length * model.vocab_size)))
     quality = measure_quality(model, dataset, sequences, batch_size, token_bytes)
-    metrics = {**asdict(quality), "parameters": count_parameters(model)}
+    prompts = np.stack([dataset[int(index)][:PROMPT_TOKENS] for index in dataset.first(PROMPTS)])
+    faults = find_faults(model, torch.from_numpy(prompts).to(next(model.parameters()).device))
+    metrics = {**asdict(quality), "parameters": count_parameters(model), "faults": faults}
     write_json_atomically(directory / "quality.json", metrics)
     return metrics
 

@@ -13,7 +13,7 @@ import matplotlib.style
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from flows.report.number_format import significant
@@ -48,6 +48,7 @@ STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
 }
 POINTS_PER_INCH = 72
+BARS_SIZE = (390.0, 250.0)
 MARK_RADIUS = 7.5
 """Points around a candidate's place that its mark and ring may cover."""
 BESIDE_MARK = (
@@ -122,6 +123,28 @@ def curves(
         if from_zero:
             axes.set_ylim(bottom=0)
         return _to_svg(figure, f"{y_label} over {x_label}")
+
+
+def bars(values: Sequence[float], solid: Sequence[bool], gid: str, series: int, labels: tuple[str, str]) -> Markup:
+    """A plot of a bar for each part of a model, numbered from 0; those that were taken out are hollow.
+
+    Args:
+        values: Heights.
+        solid: Whether the part is still there.
+        gid: What the ids of the bars start with; their numbers follow.
+        series: Which colour they have.
+        labels: What the parts are, and what the heights are.
+    """
+    description = f"{labels[1]} by {labels[0]}"
+    with _plot(description, *BARS_SIZE) as (figure, axes):
+        for number, (value, filled) in enumerate(zip(values, solid, strict=True)):
+            colour = SERIES[series]
+            bar = axes.bar(number, value, 0.7, color=colour if filled else PAPER, edgecolor=colour, linewidth=1.4)
+            bar[0].set_gid(f"{gid}-{number}")
+        axes.set_title(labels[1], loc="left", fontsize=9, color=MUTED)
+        axes.set_xlabel(labels[0])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return _to_svg(figure, description)
 
 
 def plane(

@@ -16,7 +16,7 @@ from flows.config import Config, to_plain
 from flows.config.steps import StepKind
 from flows.config.training import Objective, TrainingRun
 from flows.report import number_format, tables
-from flows.report.figures import SERIES, Curve, Point, curves, plane
+from flows.report.figures import SERIES, Curve, Point, bars, curves, plane
 from flows.report.lineage import draw_lineage
 
 TEMPLATES = Path(__file__).parent
@@ -44,6 +44,7 @@ def render(config: Config, parents: Mapping[str, Artifact]) -> str:
     environment.filters |= {name: getattr(number_format, name) for name in ("size", "count", "duration", "significant")}
     metrics = {role: artifact.metrics for role, artifact in parents.items()}
     passport = json.loads((parents["passport"].path / "passport.json").read_text()) if "passport" in parents else None
+    series, grids = _series(config), tables.sparsity_grids
     defaults, chosen_settings = (tables.settings(to_plain(one)) for one in (Config(), config))
     return environment.get_template(TEMPLATE).render(
         style=Markup((TEMPLATES / STYLE_SHEET).read_text()),
@@ -51,7 +52,7 @@ def render(config: Config, parents: Mapping[str, Artifact]) -> str:
         metrics=metrics,
         rows=metrics["gates"]["candidates"],
         chosen=next((row for row in metrics["gates"]["candidates"] if row["name"] == metrics["gates"]["chosen"]), None),
-        series=_series(config),
+        series=series,
         figures=_candidate_figures(config, metrics) | _training_figures(config, metrics),
         plans={name: tables.plan_rows(metrics[name]) for name in config.trained_candidates},
         objectives={name: _objective(run) for name, run in config.training_runs().items()},
@@ -59,6 +60,14 @@ def render(config: Config, parents: Mapping[str, Artifact]) -> str:
             name: tables.layer_grids(metrics[name]["layers"], config.quantize.min_sqnr_db)
             for name, step in config.steps.items()
             if step.kind == StepKind.quantize
+        },
+        pruned={
+            name: {
+                "figures": _pruning_figures(name, metrics[name], series[name]),
+                "grids": grids(metrics[name]["layers"]),
+            }
+            for name, step in config.steps.items()
+            if step.kind == StepKind.prune
         },
         passport=passport,
         parity=tables.parity_grid(passport["rows"]) if passport else None,
@@ -75,7 +84,8 @@ def render(config: Config, parents: Mapping[str, Artifact]) -> str:
 def _objective(run: TrainingRun) -> str:
     if run.objective == Objective.cross_entropy:
         return "cross-entropy"
-    return f"distillation ({run.divergence}), T = {run.temperature:g}, α = {run.alpha:g}"  # noqa: RUF001
+    start = f", from {run.start}" if run.start else ""
+    return f"distillation ({run.divergence}), T = {run.temperature:g}, α = {run.alpha:g}{start}"  # noqa: RUF001
 
 
 def _series(config: Config) -> dict[str, int]:
@@ -117,6 +127,28 @@ def _candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, 
         "size": against("program_bytes", 1e6, "program size, MB"),
         "latency": against("p50_ms", 1, "p50 latency, ms"),
     }
+
+
+def _pruning_figures(name: str, pruned: Mapping[str, Any], series: int) -> list[Markup]:
+    """Importance of layers, and of each width from the best part down, with a dot where it was cut."""
+    found, shape = pruned["importance"], pruned["shape"]
+    kept = found["kept_layers"]
+    solid = [kept is None or number in kept for number in range(len(found["layers"]))]
+    measure = {"cosine": "1 - cosine of what enters and leaves", "loss": "loss without it, nats more"}
+    figures = [bars(found["layers"], solid, f"importance-{name}", series, ("layer", measure[found["layers_by"]]))]
+    of_width = {"neurons": "intermediate_size", "heads": "num_attention_heads", "channels": "hidden_size"}
+    for width, layers in found["widths"].items():
+        before, after = shape[of_width[width]]
+        lines = []
+        for number, scores in enumerate(layers):
+            shares = [place / max(1, len(scores) - 1) for place in range(len(scores))]
+            cut = min(round(after / before * len(scores)), len(scores)) - 1
+            lines.append(Curve(f"{width}-{name}-{number}", shares, scores, series))
+            if after < before:
+                lines.append(Curve(f"{width}-cut-{name}-{number}", [shares[cut]], [scores[cut]], series, marked=True))
+        label = f"importance of {width}, of the largest"
+        figures.append(curves(lines, "share of them, best first", label, *FIGURE_SIZE, from_zero=True))
+    return figures
 
 
 def _training_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, Markup]:

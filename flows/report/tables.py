@@ -40,17 +40,32 @@ def layer_grids(layers: Sequence[Mapping[str, Any]], min_sqnr_db: float) -> list
         layers: Rows of the quantization report: `name`, `sqnr_db`, `skipped_reason`.
         min_sqnr_db: What a layer must keep.
     """
-    blocks: dict[str, dict[str, Cell]] = defaultdict(dict)
-    others: dict[str, dict[str, Cell]] = {}
+    cells = {}
     for layer in layers:
         if layer["skipped_reason"] is None:
             heat = 1 - (layer["sqnr_db"] - min_sqnr_db) / WARM_DB
-            cell = Cell(layer["sqnr_db"], min(1.0, max(0.0, heat)))
-            block = re.fullmatch(r"(.*\.\d+)\.(.+)", layer["name"])
-            if block:
-                blocks[block[1]][block[2].rpartition(".")[2]] = cell
-            else:
-                others[layer["name"]] = {"": cell}
+            cells[layer["name"]] = Cell(layer["sqnr_db"], min(1.0, max(0.0, heat)))
+    return _block_grids(cells)
+
+
+def sparsity_grids(layers: Sequence[Mapping[str, Any]]) -> list[Grid]:
+    """Share of zeros in each matrix: a grid of repeated blocks, one of the others.
+
+    Args:
+        layers: Rows of the pruning report: `name`, `sparsity`.
+    """
+    return _block_grids({layer["name"]: Cell(layer["sparsity"], layer["sparsity"]) for layer in layers})
+
+
+def _block_grids(cells: Mapping[str, Cell]) -> list[Grid]:
+    blocks: dict[str, dict[str, Cell]] = defaultdict(dict)
+    others: dict[str, dict[str, Cell]] = {}
+    for name, cell in cells.items():
+        block = re.fullmatch(r"(.*\.\d+)\.(.+)", name)
+        if block:
+            blocks[block[1]][block[2].rpartition(".")[2]] = cell
+        else:
+            others[name] = {"": cell}
     return [_grid(values) for values in (blocks, others) if values]
 
 

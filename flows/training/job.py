@@ -20,6 +20,8 @@ class TrainingJob:
     tokens_digest: str
     tokenizer_dir: Path
     teacher_dir: Path | None = None
+    start_dir: Path | None = None
+    """The candidate that the weights come from, where there is one."""
     hardware: Hardware | None = None
     """What the run was planned for; None where this machine's peak is not known."""
 

@@ -19,7 +19,7 @@ from flows.config.training import Objective, TrainConfig, TrainingRun
 from flows.data.mixture import epochs, open_split
 from flows.data.packed import Sequences
 from flows.launcher import Heartbeat
-from flows.model.checkpoint import load_decoder, load_initial_model
+from flows.model.checkpoint import load_decoder, load_initial_model, load_initial_weights
 from flows.model.decoder import Decoder, initialize
 from flows.model.transformers_model import named_weights_module
 from flows.training.batches import IGNORED, micro_batches, validation_batches
@@ -47,7 +47,7 @@ from flows.training.schedules import ema_decay, learning_rate
 from flows.training.sequence_parallel import share_sequences
 from flows.training.step_meter import StepMeter
 from flows.training.step_profile import StepProfile
-from flows.training.trainable import choose_weights, count_weights
+from flows.training.trainable import choose_weights, count_weights, keep_zeros
 from flows.training.weight_average import averaged_weights, set_ema_decay
 from flows.training.weight_parts import named_parts
 
@@ -66,7 +66,7 @@ def train(job: TrainingJob) -> None:
     index = json.loads((job.tokens_dir / "index.json").read_text())
     dataset = open_split(job.tokens_dir, "train", run.sequence_length, run.document_masks, run.mixture)
     validation = open_split(job.tokens_dir, "validation", run.sequence_length, run.document_masks, run.mixture)
-    model = _initial_model(run, index["vocab_size"])
+    model = _initial_model(job, index["vocab_size"])
     counts = count_weights(model)
     engine = build_engine(LossModule(model, _loss(job)), run)
     del model  # a rank may need a part of it only
@@ -171,9 +171,17 @@ def _evaluate_and_keep_best(
         consolidate(engine, job.best_dir, partial(save_trained, job, trained_module(engine), index))
 
 
-def _initial_model(run: TrainingRun, vocab_size: int) -> nn.Module:
+def _initial_model(job: TrainingJob, vocab_size: int) -> nn.Module:
     model: nn.Module
-    if run.model.initial_weights is None:
+    run = job.run
+    if run.start is not None:
+        if job.start_dir is None:
+            raise AssertionError(f"a job that starts from {run.start} without its directory")
+        model = Decoder(run.model, vocab_size)
+        load_initial_weights(model, job.start_dir, run.model_section)
+        if run.keep_zeros:
+            keep_zeros(model)
+    elif run.model.initial_weights is None:
         model = Decoder(run.model, vocab_size)
         initialize(model, run.seed)
     else:

@@ -71,14 +71,14 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
     Args:
         directory: Being made; checkpoints of an interrupted run in it are resumed from.
         config: The run.
-        parents: `tokens`, `tokenizer`, and for distillation `teacher`.
+        parents: `tokens`, `tokenizer`, for distillation `teacher`, and `start` for one that goes on from a candidate.
 
     Raises:
         RankError: A rank failed, died or hung.
         Preempted: The ranks were asked to stop, and have saved.
         OutOfMemoryError: The kernel ended a rank for lack of memory.
     """
-    teacher = parents.get("teacher")
+    teacher, start = parents.get("teacher"), parents.get("start")
     hardware = this_machine(config.engine.device)
     job = TrainingJob(
         run=config,
@@ -87,6 +87,7 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
         tokens_digest=parents["tokens"].digest,
         tokenizer_dir=parents["tokenizer"].path,
         teacher_dir=teacher.path if teacher else None,
+        start_dir=start.path if start else None,
         hardware=hardware,
     )
     plan = _plan(job)

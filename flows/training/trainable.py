@@ -1,3 +1,5 @@
+# torch.Tensor.register_hook is untyped:
+# mypy: disable-error-code="no-untyped-call"
 """Which weights are trained: all, those that patterns name, or adapters beside them."""
 
 from __future__ import annotations
@@ -6,8 +8,9 @@ import difflib
 import math
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from flows.config.checks import ConfigError
 from flows.config.training import TrainConfig
@@ -42,6 +45,21 @@ def choose_weights(model: nn.Module, train: TrainConfig, seed: int) -> None:
         raise ConfigError(
             f"train.freeze={list(train.freeze)} leaves none of {len(names)} weights to train. Freeze fewer."
         )
+
+
+def keep_zeros(model: nn.Module) -> None:
+    """Has matrix weights that are zero now stay zero: their gradient is zero from now on, whatever shares the work.
+
+    No update rule but Muon's moves a weight without a gradient, weight decay included.
+    """
+    for parameter in model.parameters():
+        alive = parameter.detach() != 0
+        if parameter.dim() == 2 and not alive.all():
+            parameter.register_hook(partial(_where, alive))
+
+
+def _where(alive: Tensor, gradient: Tensor) -> Tensor:
+    return gradient * alive.to(gradient.device)
 
 
 def check_patterns(field: str, patterns: Sequence[str], names: Collection[str], kind: str) -> None:

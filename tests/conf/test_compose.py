@@ -40,6 +40,7 @@ def test_every_file_composes(path: Path) -> None:
         "huggingface": ["data.corpus.dataset=x"],
         "kubernetes": ["launcher.kubernetes.image=registry.example.com/millrace"],
     }
+    needs["prune_heal"] = ["prune=half"]
     needs["lora_finetune"] = ["model.initial_weights=x", *needs["files"]]
     shared = "2" in path.stem and group.name == "engine" and not path.stem.startswith("zero")
     ranks = [f"launcher.num_ranks={2 if shared else 1}"] if group.name in ("experiment", "engine") else []
@@ -95,7 +96,7 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
         ("~steps.student", r"quantize=student is not made before it; .*, or leave the step out: ~steps.student_int8"),
         ("+steps.small.quantize=base_int8", "quantize=base_int8 is quantized, .* Set steps.small.quantize=base"),
         ("+steps.small.distil=base", "steps.small.distil=base: Unexpected"),
-        ("+steps.small.settings.alpha=1", r"steps.small=\[\] must say one of \['distill', 'quantize'\]"),
+        ("+steps.small.settings.alpha=1", r"steps.small=\[\] must say one of \['distill', 'prune', 'quantize'\]"),
         ("+steps.student.quantize=base", r"steps.student=\['distill', 'quantize'\] must say one of"),
         ("+steps.Base={distill: base}", "steps=Base must be small letters, digits and '_'"),
         ("+steps.student.settings.alpah=1", "steps.student.settings.alpah is not a setting. Settings there: .*alpha"),

@@ -17,16 +17,19 @@ STEPS = {
     "student": StepConfig(distill="base"),
     "base_int8": StepConfig(quantize="base"),
     "student_int8": StepConfig(quantize="student"),
+    "pruned": StepConfig(prune="base"),
+    "healed": StepConfig(distill="base", start="pruned"),
 }
+P50_MS = {"base": 10.0, "student": 4.0, "base_int8": 6.0, "student_int8": 3.0, "pruned": 6.0, "healed": 6.0}
+MEGABYTES = {"base": 16.0, "student": 4.0, "base_int8": 4.1, "student_int8": 1.1, "pruned": 9.0, "healed": 9.0}
 
 
 def row(name: str, **changes) -> Row:
     """A candidate that passes every gate."""
-    p50 = {"base": 10.0, "student": 4.0, "base_int8": 6.0, "student_int8": 3.0}[name]
-    size = {"base": 16_000_000, "student": 4_000_000, "base_int8": 4_100_000, "student_int8": 1_100_000}[name]
+    p50, size = P50_MS[name], int(MEGABYTES[name] * 1e6)
     step = STEPS.get(name)
     plain = Row(name, step and step.source, step and step.kind, 2.0, 2.5, 7.4, 0.5, 4_000_000, size, p50, 2 * p50, 1e4)
-    return replace(plain, **changes)
+    return replace(plain, start=step and step.start, **changes)
 
 
 def table(**changes) -> dict[str, Row]:
@@ -71,6 +74,23 @@ def test_candidates_that_earn_their_place_pass():
             "p50 latency in ms 5 is 1.25 x the 4 of student, above evaluate.gates.max_compressed_latency_ratio=1",
         ),
         (
+            "pruned",
+            {"program_bytes": 15_990_000},
+            "program size in MB 15.99 is 0.9994 x the 16 of base, above evaluate.gates.max_compressed_bytes_ratio=0.98",
+        ),
+        (
+            "healed",
+            {"sparse": "0.5"},
+            "0.5 of its layers' weights are zeros, which its program stores and multiplies like others",
+        ),
+        (
+            "pruned",
+            {"sparse": "2:4"},
+            "2:4 sparsity is run by sparse tensor cores of NVIDIA GPUs from compute capability 8.0 on; its program is "
+            "dense and stores and multiplies every zero",
+        ),
+        ("pruned", {"faults": ("0.5 of its scores are not finite",)}, "0.5 of its scores are not finite"),
+        (
             "student",
             {"p50_ms": 11.0},
             "p50 latency in ms 11 is 1.1 x the 10 of base, above evaluate.gates.max_compressed_latency_ratio=1",
@@ -109,11 +129,23 @@ def test_unigram_gate_can_be_turned_off():
     assert rows[0].passed
 
 
+def test_healing_is_measured_by_the_share_of_the_loss_that_it_wins_back():
+    rows = table(pruned={"loss": 2.4}, healed={"loss": 2.1})
+    assert rows["healed"].recovered == pytest.approx(0.75)
+    assert rows["healed"].loss_ratio == pytest.approx(1.05)  # over its teacher's
+    assert rows["student"].recovered is None
+    assert table(pruned={"loss": 2.0})["healed"].recovered is None  # nothing was lost
+
+
+def test_a_sparse_candidate_may_be_quantized():
+    assert table(base_int8={"sparse": "0.5"})["base_int8"].passed
+
+
 def test_auto_takes_the_fastest_that_passed():
     rows = table(student_int8={"loss": 2.5})
     assert choose(list(rows.values()), "auto") == (
         "student",
-        "the fastest of 3 candidates that passed the gates, of 4 made",
+        "the fastest of 5 candidates that passed the gates, of 6 made",
     )
 
 
@@ -141,7 +173,8 @@ def test_stage_reads_the_artifacts_of_every_candidate(tmp_path: Path):
     parents = {"baselines": measured({"unigram_bits_per_byte": UNIGRAM})}
     latency = {}
     for name, speed in {"base": 10.0, "base_int8": 6.0}.items():
-        parents[f"quality:{name}"] = measured({"loss": 2.0, "bits_per_byte": 2.5, "perplexity": 7.4, "accuracy": 0.5})
+        quality = {"loss": 2.0, "bits_per_byte": 2.5, "perplexity": 7.4, "accuracy": 0.5, "faults": []}
+        parents[f"quality:{name}"] = measured(quality)
         parents[f"program:{name}"] = measured({"parameters": 5, "program_bytes": 16_000_000 if name == "base" else 10})
         latency[name] = {"p50_ms": speed, "p95_ms": 2 * speed, "throughput": {"tokens_per_s": 3.0}}
     parents["latency"] = measured(latency)

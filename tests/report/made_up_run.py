@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from flows.artifact import Artifact
+from flows.compression.prune_weights import LayerSparsity
 from flows.compression.quantize import LayerReport
 from flows.config import Config
-from flows.config.steps import StepConfig
+from flows.config.steps import StepConfig, StepKind
 from flows.data.cleaning import Dropped
 from flows.evaluation import gates
 from flows.evaluation.latency import Timing
@@ -30,10 +31,18 @@ STEPS = {
     "base_int8": StepConfig(quantize="base"),
     "student_int8": StepConfig(quantize="student"),
 }
+PRUNE_STEPS = {
+    "pruned": StepConfig(prune="base"),
+    "healed": StepConfig(distill="base", start="pruned"),
+    "sparse": StepConfig(prune="base", settings={"intermediate_size": None, "sparsity": 0.5}),
+}
 BITS_PER_BYTE = {"base": 2.483, "student": 2.691, "base_int8": 2.486, "student_int8": 2.697}
+BITS_PER_BYTE |= {"pruned": 2.683, "healed": 2.533, "sparse": 2.583}
 UNIGRAM_BITS_PER_BYTE = 3.081
 PROGRAM_BYTES = {"base": 17_104_233, "student": 6_033_911, "base_int8": 4_410_118, "student_int8": 1_602_240}
+PROGRAM_BYTES |= {"pruned": 9_104_233, "healed": 9_104_233, "sparse": 17_104_233}
 P50_MS = {"base": 9.41, "student": 4.12, "base_int8": 9.87, "student_int8": 3.18}
+P50_MS |= {"pruned": 6.1, "healed": 6.0, "sparse": 9.4}
 """base_int8 is slower than base, so that the gates reject it."""
 BYTES_PER_TOKEN = 3.41
 TOLERANCE = 2.4e-5
@@ -80,8 +89,10 @@ def make_run(
     add("baselines", 0.9, ["tokens", "tokenizer", "corpus"], baselines)
 
     for name in config.candidates:
-        data, source = ["tokens", "tokenizer"], STEPS[name].source if name in STEPS else None
-        if name in config.trained_candidates:
+        data, source = ["tokens", "tokenizer"], config.steps[name].source if name in config.steps else None
+        if source and config.steps[name].kind == StepKind.prune:
+            add(name, 3.2, [source, "tokens"], _pruning_metrics(config, name))
+        elif name in config.trained_candidates:
             add(name, 88.0 if name == "base" else 61.3, data + [source] * bool(source), training_metrics(config, name))
         else:
             add(name, 0.6, [str(source)], _quantization_metrics(name))
@@ -90,7 +101,7 @@ def make_run(
         add(f"program:{name}", 6.5, [name], program)
         loss = bits_per_byte[name] * BYTES_PER_TOKEN * math.log(2)
         quality = Quality(loss, math.exp(loss), 0.62 - loss / 25, bits_per_byte[name], 131_072, 446_955)
-        add(f"quality:{name}", 8.2, [name, "tokens", "tokenizer"], asdict(quality))
+        add(f"quality:{name}", 8.2, [name, "tokens", "tokenizer"], {**asdict(quality), "faults": []})
     add("latency", 11.4, [f"program:{name}" for name in config.candidates], _latency_metrics(config))
 
     measured = [role for role in made if ":" in role] + ["latency", "baselines"]
@@ -159,7 +170,7 @@ def _plan(config: Config, name: str) -> Plan:
     )
     if name == "base":
         return make_plan(config.training_runs()["base"], 4096, device, config.plan)
-    return make_plan(config.training_runs()["student"], 4096, device, config.plan, config.model)
+    return make_plan(config.training_runs()[name], 4096, device, config.plan, config.model)
 
 
 def _split(documents: int) -> dict[str, int]:
@@ -182,6 +193,29 @@ def _quantization_metrics(name: str) -> dict[str, Any]:
         "quantized_layers": len(layers) - 1,
         "bytes": PROGRAM_BYTES[name],
         "source_bytes": source_bytes,
+    }
+
+
+def _pruning_metrics(config: Config, name: str) -> dict[str, Any]:
+    before, after = config.model, config.shapes()[name]
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    layers = [LayerSparsity("model.layers.0.mlp.up_proj", (688, 256), 0.53, None)]
+    layers += [LayerSparsity("lm_head", (4096, 256), 0.0, "every token meets it")]
+    falling = [round(1 - 0.04 * place, 3) for place in range(20)]
+    return {
+        "source_parameters": 4_000_000,
+        "parameters": 2_100_000,
+        "shape": {name: (getattr(before, name), getattr(after, name)) for name in names},
+        "importance": {
+            "layers": [0.9, 0.2, 0.1, 0.3],
+            "layers_by": "cosine",
+            "kept_layers": None if name == "sparse" else [0, 1, 3],
+            "widths": {"neurons": [falling] * 4, "heads": [[1.0, 0.5, 0.4, 0.1]] * 4, "channels": [falling]},
+        },
+        "layers": [asdict(layer) for layer in layers] if name == "sparse" else [],
+        "calibration": {"sequences": 64, "tokens": 16_384, "digest": "ab" * 32},
+        "source_loss": 4.161,
+        "loss": 4.512,
     }
 
 
