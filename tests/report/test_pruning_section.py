@@ -34,7 +34,7 @@ def test_says_what_was_taken_out_and_what_healing_won_back(made: tuple[dict, str
     assert "the loss was 4.161 nats per token and is 4.512" in text
     assert "healed won back 75 % of what it had lost" in text  # 2.683 to 2.533 bits, of 2.683 to 2.483
     assert "base, from pruned" in text
-    assert "distillation, T = 2, α = 0.5, from pruned" in text  # noqa: RUF001
+    assert "distillation (forward_kl), T = 2, α = 0.5, from pruned" in text  # noqa: RUF001
 
 
 def test_a_sparse_candidate_is_rejected_with_the_numbers_and_its_matrices_are_listed(made: tuple[dict, str]) -> None:
