@@ -67,7 +67,7 @@ def main(work: Work, rank: int, ranks: int, port: int) -> None:
         return {f"{f.name} {f.start} {key}": t.cpu().clone() for f in fragments for key, t in f.tensors()}
 
     def checkpoints_of(engine: Any, run: TrainingRun) -> Checkpoints:
-        return Checkpoints(work.directory / "saved", engine, dict(engine.module.model.named_parameters()), run.train)
+        return Checkpoints(work.directory / "saved", engine, dict(engine.module.model.named_parameters()), run)
 
     results: dict[str, Any] = {}
     for name, run in work.runs.items():
