@@ -60,7 +60,7 @@ def test_right_kernels_pass(dtype: torch.dtype) -> None:
     ],
 )
 def test_wrong_kernels_get_no_numbers(kernel: Callable[..., Tensor], complaint: str) -> None:
-    planted = replace(RIGHT, kernel=kernel, sizes=SIZES, small=SIZES)
+    planted = replace(RIGHT, dtype=torch.float32, kernel=kernel, sizes=SIZES, small=SIZES)
     limits = Limits(1e12, {str(torch.bfloat16): 1e15})
     report = measure([planted], CPU, None, limits, {})  # no stopwatch: nothing may be timed
     assert report.measurements == []
