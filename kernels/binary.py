@@ -76,7 +76,11 @@ class Compiled:
         if self.spill_instructions:
             return f"spills registers ({self.spill_instructions} instructions)"
         most = PROCESSORS[self.architecture].block_shared_bytes
-        return f"needs more shared memory than {most} bytes" if self.shared_bytes > most else None
+        if self.shared_bytes > most:
+            return f"needs more shared memory than {most} bytes"
+        return (
+            None if self.blocks else "fits on no multiprocessor: too many registers, threads or columns of its memory"
+        )
 
 
 def read(function: Any, kernel: Any, architecture: int) -> Compiled:

@@ -19,7 +19,8 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str,
 
 
 def _plain(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(wide, targets, reduction="sum")
 
 
 def _workload(columns: int, dtype: torch.dtype, overwrite: bool) -> Workload:

@@ -29,7 +29,12 @@ def _geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
 
 
 def _workload(
-    op: str, kernel: Callable[..., Tensor], plain: Callable[..., Tensor], columns: int, dtype: torch.dtype
+    op: str,
+    kernel: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    columns: int,
+    dtype: torch.dtype,
+    kind: str = "",
 ) -> Workload:
     def forward(sizes: Sizes) -> Cost:
         return Cost(3 * sizes["rows"] * sizes["columns"] * dtype.itemsize)
@@ -39,6 +44,7 @@ def _workload(
 
     return Workload(
         op=op,
+        kind=kind,
         dtype=dtype,
         sizes={"rows": 16384, "columns": columns},
         small={"rows": 8, "columns": columns},
@@ -59,6 +65,7 @@ WORKLOADS = [
             partial(_geglu, approximate=approximate),
             14336,
             torch.bfloat16,
+            kind=approximate,
         )
         for approximate in ("tanh", "none")
     ),

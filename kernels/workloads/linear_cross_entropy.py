@@ -25,7 +25,8 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str,
 
 
 def _plain(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
-    logits = F.linear(x, weight).float()
+    logits = F.linear(x, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(softcap * torch.tanh(logits / softcap) if softcap else logits, targets, reduction="sum")
 
 

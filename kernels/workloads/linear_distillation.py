@@ -61,6 +61,7 @@ def _workload(sizes: Sizes, divergence: str, alpha: float, cached: bool = False)
 
     return Workload(
         op="linear_distillation",
+        kind=f"{divergence} alpha={alpha:g}{' cached' if cached else ''}",
         dtype=dtype,
         sizes=sizes,
         small={"tokens": 4, "vocab": 4096, "width": 16},

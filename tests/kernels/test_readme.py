@@ -26,7 +26,7 @@ def test_the_table_has_every_operation_and_no_other() -> None:
 
 def test_files_and_commands_exist(capsys) -> None:
     named = set(re.findall(r"`(\w+(?:/\w+)?\.(?:py|json))`", README))
-    assert {"testing.py", "check_baseline.json", "test_rms_norm.py"} <= named
+    assert {"testing.py", "check_baseline.json", "test_norm.py"} <= named
     for name in named:
         assert (KERNELS / name).exists() or (KERNELS.parent / "tests" / "kernels" / name).exists(), name
     modules = set(re.findall(r"python -m (kernels\.\w+)", README))
