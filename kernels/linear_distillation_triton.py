@@ -25,7 +25,7 @@ from kernels.launch_constants import constants
 
 KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 _FORWARD, _REVERSE, _JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_CONSTANTS = {80: (1024, 4), 90: (2048, 8)}
+_CONSTANTS = {80: (1024, 4), 90: (2048, 8), 100: (2048, 16)}
 """Columns per step of a program, and its warps: 8 scores of each row a thread, one 16-byte load of bfloat16 each."""
 
 

@@ -26,7 +26,7 @@ class Backward(NamedTuple):
     """Tiles of 16-bit elements that are fetched before their turn; half as many of 32 bits."""
 
 
-BACKWARD = {80: Backward(2, 2), 90: Backward(2, 3), 100: Backward(2, 3)}  # 80: fits the 99 KiB of sm_86 and sm_89 too
+BACKWARD = {80: Backward(2, 2), 90: Backward(2, 3), 100: Backward(2, 1)}  # 80: fits the 99 KiB of sm_86 and sm_89 too
 TILE = 2048
 """Elements of each tensor that a program holds at once, more only where a row is longer."""
 THREAD = 16

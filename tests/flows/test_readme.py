@@ -53,24 +53,30 @@ def test_paths_exist() -> None:
 
 
 @pytest.fixture(scope="module")
-def served(first_run: tuple[Workplace, Done]) -> Iterator[str]:
-    """`python -m flows.serve` on what the small run published; its HTTP address."""
+def served(first_run: tuple[Workplace, Done]) -> Iterator[list[str]]:
+    """`python -m flows.serve` on what the small run published; its addresses, HTTP's and the one like OpenAI's."""
     place, _ = first_run
-    command = place.command("serve", "serve.http_port=0", "serve.grpc_port=0", "serve.metrics_port=0")
+    ports = [f"serve.{name}_port=0" for name in ("http", "grpc", "metrics", "openai")]
+    command = place.command("serve", *ports)
     server = subprocess.Popen(command, cwd=ROOT, env=place.environment, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
-    ready = next(line for line in server.stdout if line.startswith("Ready."))
-    found = re.search(r"HTTP http://(\S+)", ready)
-    assert found is not None
-    yield found[1]
+    starts = "Ready. HTTP http://", "OpenAI-compatible: base_url=http://"
+    found = [next(line for line in server.stdout if line.startswith(start)).removeprefix(start) for start in starts]
+    yield [re.split(r"[\s/]", rest)[0] for rest in found]
     server.send_signal(signal.SIGINT)
     assert server.wait(60) == 0
 
 
 @pytest.fixture
-def as_here(served: str) -> Callable[[str], str]:
-    """A snippet of the README, for the small model on the port that was free."""
-    return lambda text: text.replace("127.0.0.1:8000", served).replace("quickstart", "smoke")
+def as_here(served: list[str]) -> Callable[[str], str]:
+    """A snippet of the README, for the small model on the ports that were free."""
+
+    def changed(text: str) -> str:
+        for printed, here in zip(("127.0.0.1:8000", "127.0.0.1:8080"), served, strict=True):
+            text = text.replace(printed, here)
+        return text.replace("quickstart", "smoke")
+
+    return changed
 
 
 @pytest.mark.server
@@ -82,7 +88,12 @@ def test_curl_answers_as_printed(as_here: Callable[[str], str]) -> None:
 
 
 @pytest.mark.server
-def test_python_client_answers_as_printed(as_here: Callable[[str], str]) -> None:
-    (snippet,) = [block for language, block in BLOCKS if language == "python"]
-    done = subprocess.run([sys.executable, "-c", as_here(snippet)], capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"\(1, 512\) \d+\n", done.stdout)
+def test_python_clients_answer_as_printed(as_here: Callable[[str], str]) -> None:
+    snippets = [block for language, block in BLOCKS if language == "python"]
+    openai, scores = (
+        subprocess.run([sys.executable, "-c", as_here(snippet)], capture_output=True, text=True, check=True).stdout
+        for snippet in snippets
+    )
+    assert "tritonclient" in snippets[1]
+    assert re.fullmatch(r"\(1, 512\) \d+\n", scores)
+    assert len(openai.strip()) > 0

@@ -253,8 +253,9 @@ def test_the_average_is_what_is_saved_and_training_goes_on_without_it(
     assert case.result["unchanged"]
     truth, plain = case.bare(torch.float64).weights, case.bare(torch.float32).weights
     assert case.weights.keys() == truth.keys()
+    # of all weights, which take steps of one size: that of a single tensor is one draw, and may be a small one
+    noise = max((plain[key] - truth[key]).abs().max().item() for key in truth)
     for key, weight in case.weights.items():
-        noise = (plain[key] - truth[key]).abs().max().item()
         assert (weight - truth[key]).abs().max() <= 8 * noise + 4 * torch.finfo(torch.float32).eps * weight.abs().max()
 
 

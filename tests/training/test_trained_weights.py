@@ -43,7 +43,7 @@ def test_counts_are_those_of_the_model_and_its_optimizer(
     object.__setattr__(run, "train", config)  # adapters want initial weights, which no count depends on
     model = Decoder(run.model, VOCAB_SIZE)
     choose_weights(model, config, seed=0)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, "reference")
     if config.ema_decay:
         keep_average(optimizer)
         for group in optimizer.param_groups:
