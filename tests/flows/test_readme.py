@@ -90,10 +90,10 @@ def test_curl_answers_as_printed(as_here: Callable[[str], str]) -> None:
 @pytest.mark.server
 def test_python_clients_answer_as_printed(as_here: Callable[[str], str]) -> None:
     snippets = [block for language, block in BLOCKS if language == "python"]
-    openai, scores = (
+    scores, openai = (
         subprocess.run([sys.executable, "-c", as_here(snippet)], capture_output=True, text=True, check=True).stdout
         for snippet in snippets
     )
-    assert "tritonclient" in snippets[1]
+    assert "tritonclient" in snippets[0]
     assert re.fullmatch(r"\(1, 512\) \d+\n", scores)
     assert len(openai.strip()) > 0
