@@ -197,8 +197,8 @@ def _damage(words: list[str], directory: Path) -> Row:
     launch_ranks("flows.training.damage_drill", directory / "run.json", job.run.launcher, directory / "logs")
     outcomes: dict[str, str] = json.loads((directory / "outcomes.json").read_text())
     bad = {name: outcome for name, outcome in outcomes.items() if outcome != "ok"}
-    log = (directory / "logs" / "rank-0.log").read_text().splitlines()
-    seen = next((line for line in log if "is damaged" in line), "nothing")
+    told = [line for path in (directory / "logs").glob("*.log") for line in path.read_text().splitlines()]
+    seen = next((line for line in told if "is damaged" in line), "nothing")
     outcome = f"{len(outcomes) - len(bad)} of {len(outcomes)}: passed over, losses equal bit for bit"
     return Row(fault, seen, f"{outcome}; {bad}" if bad else outcome, not bad)
 
