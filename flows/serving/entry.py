@@ -15,14 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from flows.artifact import Artifact, digest_file, digest_json, write_json_atomically
 from flows.config.checks import require
 from flows.config.serving import EntryConfig
 from flows.data.tokenizer import CHAT_TEMPLATE_FILE, chat_template, end_of_text
-from flows.export.generation import GENERATION, PAGE_TOKENS
-from flows.export.runtime import PROGRAM
 
 REPOSITORY = "repo"
 STAGED_VERSION = "1"
@@ -51,6 +47,8 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
         ConfigError: The memory for keys and values does not hold one text.
         ProgramError: The program's graph has other inputs or outputs than the served models need.
     """
+    from flows.export.generation import GENERATION  # these import torch, which a stage that is skipped does not need
+    from flows.export.runtime import PROGRAM
     from flows.serving import config_pbtxt
 
     program = parents["program"].path
@@ -135,6 +133,10 @@ def _copy_sources(version: Path, model: str, others: Sequence[str]) -> None:
 
 
 def _check_cache(generation: Path, config: EntryConfig) -> None:
+    import onnx
+
+    from flows.export.generation import PAGE_TOKENS
+
     pages = [one for one in onnx.load(generation, load_external_data=False).graph.input if "_pages_" in one.name]
     token_bytes = sum(4 * math.prod(dim.dim_value for dim in one.type.tensor_type.shape.dim[2:]) for one in pages)
     tokens = -(-config.sequence_length // PAGE_TOKENS) * PAGE_TOKENS
