@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -221,10 +222,9 @@ def test_whoever_hangs_up_frees_the_place(server: InferenceServer, client: Clien
     before, texts = metrics(server)["tokens_total"], 40
     for _ in range(texts):
         next(client.stream(TEXT, "def", options=options))
-    for _ in range(100):  # what was cancelled last may have a step to go
-        if metrics(server)["cache_used_ratio"] == 0:
-            break
-    assert metrics(server)["cache_used_ratio"] == 0
+    deadline = time.monotonic() + 60
+    while metrics(server)["cache_used_ratio"] > 0:  # the server takes a moment to see that a connection is gone
+        assert time.monotonic() < deadline
     assert metrics(server)["tokens_total"] - before < texts * whole
 
 
