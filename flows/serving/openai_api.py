@@ -22,7 +22,7 @@ from fastapi import Depends, FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flows.config.checks import require
 from flows.serving.chat_prompt import ChatPrompt, ControlTokenError
@@ -242,13 +242,9 @@ def _tensors(inputs: dict[str, Any]) -> list[Any]:
         else:
             values = np.atleast_1d(np.array(value, dtype=kinds[name]))
         if values.size:
-            datatype = {"O": "BYTES", "b": "BOOL"}.get(values.dtype.kind) or f"{_letters(values)}{values.itemsize * 8}"
+            datatype = np_to_triton_dtype(values.dtype)
             tensors.append(grpc.InferInput(name, list(values.shape), datatype).set_data_from_numpy(values))
     return tensors
-
-
-def _letters(values: np.ndarray[Any, Any]) -> str:
-    return "INT" if values.dtype.kind == "i" else "FP"
 
 
 def _piece(result: Any) -> Piece:

@@ -107,12 +107,10 @@ class Generator:
         self._leave([text for text in grown if text.finish_reason])
         return dropped + grown
 
-    def stop(self) -> list[Text]:
-        """Ends all texts; those that there were."""
-        texts = [*self._running, *self._waiting]
+    def stop(self) -> None:
+        """Forgets all texts."""
         self._leave(list(self._running))
         self._waiting.clear()
-        return texts
 
     def _drop(self) -> list[Text]:
         """Texts that nobody waits for any more."""
