@@ -58,13 +58,16 @@ def test_a_hung_rank_ends_the_run_with_the_stack_of_every_silent_rank(
     module = rank_module(
         "def stuck_here():\n    time.sleep(3600)\n"
         "def waiting_for_the_other():\n    time.sleep(3600)\n"
+        "(log_dir / f'here-{rank}').touch()\n"
+        "while not (log_dir / f'here-{1 - rank}').exists():\n    time.sleep(0.01)\n"  # then both are overdue together
         "Heartbeat(log_dir).beat()\n"
         "stuck_here() if rank == 1 else waiting_for_the_other()"
     )
     with pytest.raises(
-        RankError, match=r"rank 0 gave no sign of life for \d+ s, more than (.|\n)*waiting_for_the_other"
+        RankError, match=r"rank [01] gave no sign of life for \d+ s, more than (.|\n)*(waiting_for_the_other|stuck_here)"
     ):
         launch(module, tmp_path / "logs", stall_timeout_s=1)
+    assert "waiting_for_the_other" in (tmp_path / "logs" / "rank-0.log").read_text()
     assert "stuck_here" in (tmp_path / "logs" / "rank-1.log").read_text()
     assert not leftovers()
 
