@@ -195,6 +195,23 @@ class Client:
                 batches[int(entry["batch_size"])] += int(entry["compute_infer"]["count"])
         return batches
 
+    def versions(self, model: str) -> list[int]:
+        """Versions of a model that the server answers for.
+
+        Raises:
+            tritonclient.utils.InferenceServerException: It has no such model, or cannot be reached.
+        """
+        metadata = self._client.get_model_metadata(model)
+        return [int(version) for version in (metadata.versions if self._grpc else metadata["versions"])]
+
+    def is_ready(self, model: str, version: str) -> bool:
+        """Whether the server says that it can answer for a version.
+
+        Raises:
+            tritonclient.utils.InferenceServerException: It cannot be reached.
+        """
+        return bool(self._client.is_model_ready(model, version))
+
     def server_version(self) -> str:
         """Version of the inference server."""
         metadata = self._client.get_server_metadata()
