@@ -13,6 +13,7 @@ from flows.config.hardware import PlanConfig
 from flows.config.json_form import flat_settings, from_json, from_plain, to_json, to_plain, with_settings
 from flows.config.launcher import LauncherConfig
 from flows.config.model import Architecture, ModelConfig
+from flows.config.monitoring import MonitorConfig
 from flows.config.predict import PredictConfig
 from flows.config.prune import PruneConfig, PruningConfig, pruned_shape
 from flows.config.serving import (
@@ -59,6 +60,7 @@ class Config:
     publish: PublishConfig = field(default_factory=PublishConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
         require(

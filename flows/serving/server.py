@@ -167,6 +167,7 @@ class InferenceServer:
             f"--grpc-port={self._ports['grpc_port']}",
             f"--metrics-port={self._ports['metrics_port']}",
             f"--exit-timeout-secs={self._exit_timeout_s}",
+            "--metrics-config=summary_latencies=true",  # quantiles, which an alert on the p95 needs
             f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
             *installation.arguments,
         ]

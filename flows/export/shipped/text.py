@@ -12,7 +12,7 @@ import platform
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ from .sampling import Sampling
 from .text_programs import PagedProgram, WholeProgram
 
 GENERATION, WHOLE = "generation.onnx", "model.onnx"
+OUTCOMES = ("stop", "length", "cancelled", "deadline", "refused", "queue_full", "failed")
+"""How a request can end; the first two are answers."""
+BUCKETS_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0]
+"""Upper ends, in seconds, of what the metrics tell waiting times apart by."""
 
 
 class RefusedError(ValueError):
@@ -40,6 +44,9 @@ class Answer:
     """One response for each piece of the text, instead of one for all of it."""
     sent_characters: int = 0
     sent_tokens: int = 0
+    arrived_at: float = field(default_factory=time.monotonic)
+    has_begun: bool = False
+    """Whether its first token is there."""
 
 
 class TritonPythonModel:
@@ -84,16 +91,19 @@ class TritonPythonModel:
                 if text.max_tokens == 0:
                     text.finish_reason = "length"
                     self.send(text, answer)
+                    self.metrics.end("length")
                     continue
                 with self.wake:
                     if (waiting := len(self.arrived) + self.generator.waiting) >= self.max_waiting:
                         message = f"{waiting} texts wait already, as many as may. Try again later."
                         fail(sender, message, pb_utils.TritonError.UNAVAILABLE)
+                        self.metrics.end("queue_full")
                         continue
                     self.arrived.append((text, answer))
                     self.wake.notify()
             except RefusedError as error:
                 fail(sender, str(error), pb_utils.TritonError.INVALID_ARG)
+                self.metrics.end("refused")
 
     def finalize(self) -> None:
         """Ends the worker."""
@@ -118,7 +128,9 @@ class TritonPythonModel:
                     raise RuntimeError("the model is being unloaded. Try again")
                 changed = self.generator.step()
                 for text in changed:
-                    self.send(text, self.answers[text])
+                    answer = self.answers[text]
+                    self.send(text, answer)
+                    self.metrics.time(text, answer)
                     if text.finish_reason:
                         del self.answers[text]
                 self.metrics.update(self.generator, len(changed))
@@ -127,6 +139,7 @@ class TritonPythonModel:
                 self.generator.stop()
                 for answer in self.answers.values():
                     fail(answer.sender, f"generation failed: {error}.", pb_utils.TritonError.INTERNAL)
+                    self.metrics.end("failed")
                 self.answers.clear()
             if stopping:
                 return
@@ -238,6 +251,29 @@ class Metrics:
             "cache_used_ratio": family("cache_used_ratio", "Share of the key and value cache that is reserved", gauge),
         }
         self.metrics = {name: one.Metric(labels=labels) for name, one in self.families.items()}
+        histogram = pb_utils.MetricFamily.HISTOGRAM
+        waits = {
+            "first_token_seconds": family("first_token_seconds", "Seconds until a text's first token", histogram),
+            "text_seconds": family("text_seconds", "Seconds until a text is whole", histogram),
+        }
+        self.metrics |= {name: one.Metric(labels=labels, buckets=BUCKETS_S) for name, one in waits.items()}
+        ends = family("texts_total", "Requests for text, by how they ended", counter)
+        self.outcomes = {outcome: ends.Metric(labels={**labels, "outcome": outcome}) for outcome in OUTCOMES}
+        self.families |= waits | {"texts_total": ends}
+
+    def time(self, text: Text, answer: Answer) -> None:
+        """Notes how long a text took, to its first token and to its end."""
+        seconds = time.monotonic() - answer.arrived_at
+        if text.new_ids and not answer.has_begun:
+            answer.has_begun = True
+            self.metrics["first_token_seconds"].observe(seconds)
+        if text.finish_reason:
+            self.end(text.finish_reason)
+            self.metrics["text_seconds"].observe(seconds)
+
+    def end(self, outcome: str) -> None:
+        """Notes how a request ended: the server itself counts whatever is refused or fails here as a success."""
+        self.outcomes[outcome].increment(1)
 
     def update(self, generator: Generator, tokens: int) -> None:
         """Notes a step."""

@@ -1,0 +1,38 @@
+"""Writes what Prometheus and Grafana need to watch the servers, with limits from the configuration.
+
+    python -m flows.monitor                                              of the server that flows.serve runs
+    python -m flows.monitor 'monitor.targets=[10.0.0.1:8002,10.0.0.2:8002]' monitor.max_error_share=0.001
+
+Into `artifacts_dir/monitoring`: prometheus.yml (run it: prometheus --config.file=...), alerts.yml, and
+grafana_dashboard.json (Grafana: Dashboards, New, Import).
+"""
+
+from __future__ import annotations
+
+import json
+
+from ruamel.yaml import YAML
+
+from flows.compose import run_cli
+from flows.config import Config
+from flows.serving.monitoring import alert_rules, dashboard, prometheus_config
+
+RULES = "alerts.yml"
+
+
+def monitor(config: Config) -> None:
+    """Writes the three files and says where they are."""
+    directory = config.artifacts_dir / "monitoring"
+    directory.mkdir(parents=True, exist_ok=True)
+    targets = config.monitor.targets or (f"{config.serve.host}:{config.serve.metrics_port}",)
+    yaml = YAML()
+    yaml.width = 1000
+    yaml.dump(prometheus_config(config.monitor, targets, RULES), directory / "prometheus.yml")
+    yaml.dump(alert_rules(config.monitor), directory / RULES)
+    (directory / "grafana_dashboard.json").write_text(json.dumps(dashboard(config.monitor), indent=2) + "\n")
+    print(f"{directory}: prometheus.yml, {RULES}, grafana_dashboard.json; {len(targets)} servers are watched.")
+    print(f"prometheus --config.file={directory / 'prometheus.yml'} --web.listen-address=127.0.0.1:9090")
+
+
+if __name__ == "__main__":
+    run_cli(monitor, __doc__)
