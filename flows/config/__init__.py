@@ -28,6 +28,7 @@ from flows.config.serving import (
 from flows.config.steps import BASE, StepConfig, StepKind, check_steps
 from flows.config.tracking import TrackingConfig
 from flows.config.training import DistillConfig, Objective, TrainConfig, TrainingRun
+from flows.config.tuning import TuneConfig
 
 __all__ = ["Config", "ConfigError", "RunError", "flat_settings", "from_json", "from_plain", "to_json", "to_plain"]
 
@@ -61,6 +62,7 @@ class Config:
     serve: ServeConfig = field(default_factory=ServeConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
     def __post_init__(self) -> None:
         require(

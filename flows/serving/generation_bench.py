@@ -18,18 +18,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 
 from flows.config import ConfigError, RunError
-from flows.serving.client import Client, Completion, Transport
 from flows.serving.generation_rival import Rival
+from flows.serving.load import Load, ask_text, under_load
 from flows.serving.publish import complete_versions
 from flows.serving.server import InferenceServer
 
@@ -47,23 +45,6 @@ PROMPTS = (
     "#",
     "raise ValueError(f",
 )
-
-
-@dataclass
-class Load:
-    """What a number of clients saw."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-    first_ms: list[float] = field(default_factory=list)
-    """Until the first piece of each text."""
-    between_ms: list[float] = field(default_factory=list)
-    """Between two pieces of a text."""
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Of all clients together."""
-        return self.tokens / self.seconds
 
 
 def run(repository: Path, model_name: str, checkpoint: Path, clients: Sequence[int]) -> None:
@@ -109,38 +90,13 @@ def _check_texts(ours: Callable[[str], str], rival: Rival) -> None:
 
 
 def _under_load(clients: int, requests: int, ask: Callable[[str, Load], str]) -> Load:
-    """Each client asks again as soon as it is answered."""
-    load, prompts = Load(), iter([PROMPTS[number % len(PROMPTS)] for number in range(requests)])
-    lock = threading.Lock()
-
-    def client(_: int) -> None:
-        while True:
-            with lock:
-                prompt = next(prompts, None)
-            if prompt is None:
-                return
-            ask(prompt, load)
-
     for prompt in PROMPTS[:2]:
         ask(prompt, Load())
-    started = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(client, range(clients)))
-    load.seconds = time.perf_counter() - started
-    return load
+    return under_load(clients, islice(cycle(PROMPTS), requests), ask)
 
 
 def _ours(address: str, model: str, prompt: str, load: Load) -> str:
-    pieces: list[Completion] = []
-    last = time.perf_counter()
-    with Client(Transport.grpc, address) as client:
-        for piece in client.stream(model, prompt, options={"max_tokens": MAX_TOKENS}):
-            now = time.perf_counter()
-            (load.between_ms if pieces else load.first_ms).append(1e3 * (now - last))
-            last = now
-            pieces.append(piece)
-    load.tokens += pieces[-1].completion_tokens  # one addition: atomic enough for a count
-    return "".join(piece.text for piece in pieces)
+    return ask_text(address, model, prompt, MAX_TOKENS, load)
 
 
 def _static(rival: Rival, batch: int, requests: int) -> Load:
@@ -148,7 +104,7 @@ def _static(rival: Rival, batch: int, requests: int) -> Load:
     started = time.perf_counter()
     for first in range(0, requests, batch):
         prompts = [PROMPTS[number % len(PROMPTS)] for number in range(first, min(first + batch, requests))]
-        load.tokens += sum(one.tokens for one in rival.generate(prompts, MAX_TOKENS))
+        load.tokens += [one.tokens for one in rival.generate(prompts, MAX_TOKENS)]
     load.seconds = time.perf_counter() - started
     return load
 
@@ -187,7 +143,7 @@ class _FastApi:
         connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
         answer = json.loads(connection.getresponse().read())
         connection.close()
-        load.tokens += answer["tokens"]
+        load.tokens.append(answer["tokens"])
         return str(answer["text"])
 
 
