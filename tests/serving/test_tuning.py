@@ -88,10 +88,8 @@ def test_what_was_tried_is_not_tried_again(machine: Machine, chain: Chain, tmp_p
         ({"impossible": "no"}, {"p95_ms": 20, "per_s": 9}, False),
     ],
 )
-def test_better_is_within_the_target_then_more(
-    trial: Mapping[str, Any], other: Mapping[str, Any], better: bool
-) -> None:
-    assert is_better(Trial({}, **trial), Trial({}, **other), 10) == better
+def test_better_is_within_the_target_then_more(one: Mapping[str, Any], other: Mapping[str, Any], better: bool) -> None:
+    assert is_better(Trial({}, **one), Trial({}, **other), 10) == better
 
 
 def test_requests_that_do_not_fit_are_said(chain: Chain, tmp_path: Path) -> None:
