@@ -186,7 +186,7 @@ def _quantization_metrics(name: str) -> dict[str, Any]:
         skipped = layer == SKIPPED
         ratio = 24.31 if skipped else round(31 + 13 * math.sin(number) ** 2, 2)
         reason = "its weights keep 24.3 dB, less than quantize.min_sqnr_db=25" if skipped else None
-        layers.append(asdict(LayerReport(layer, (256, 688), ratio, reason)))
+        layers.append(asdict(LayerReport(layer, (256, 704), ratio, reason)))
     source_bytes = PROGRAM_BYTES[STEPS[name].source]
     return {
         "layers": layers,
@@ -199,7 +199,7 @@ def _quantization_metrics(name: str) -> dict[str, Any]:
 def _pruning_metrics(config: Config, name: str) -> dict[str, Any]:
     before, after = config.model, config.shapes()[name]
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    layers = [LayerSparsity("model.layers.0.mlp.up_proj", (688, 256), 0.53, None)]
+    layers = [LayerSparsity("model.layers.0.mlp.up_proj", (704, 256), 0.53, None)]
     layers += [LayerSparsity("lm_head", (4096, 256), 0.0, "every token meets it")]
     falling = [round(1 - 0.04 * place, 3) for place in range(20)]
     return {
