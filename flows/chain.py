@@ -59,8 +59,9 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
                 parents = {"model": source, "tokens": tokens}
                 models[name] = run(Stage(name, "flows.compression.prune", config.pruning(name), parents))
             case StepKind.quantize:
-                settings = config.step_settings(name)
-                models[name] = run(Stage(name, "flows.compression.quantize", settings, {"model": source}))
+                quantizing = config.quantizing(name)
+                parents = {"model": source} | ({"tokens": tokens} if quantizing.quantize.needs_data else {})
+                models[name] = run(Stage(name, "flows.compression.quantize", quantizing, parents))
 
     programs = {
         name: run(Stage(f"{name}_program", "flows.export.program", None, {"model": model}))

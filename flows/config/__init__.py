@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flows.config.checks import ConfigError, RunError, require
-from flows.config.compression import EvaluateConfig, GatingConfig, QualityConfig, QuantizeConfig
+from flows.config.compression import EvaluateConfig, GatingConfig, QualityConfig
 from flows.config.data import DataConfig
 from flows.config.engine import EngineConfig
 from flows.config.hardware import PlanConfig
@@ -14,6 +14,7 @@ from flows.config.json_form import flat_settings, from_json, from_plain, to_json
 from flows.config.launcher import LauncherConfig
 from flows.config.model import Architecture, ModelConfig
 from flows.config.prune import PruneConfig, PruningConfig, pruned_shape
+from flows.config.quantize import QuantizeConfig, QuantizingConfig, check_quantized_shape
 from flows.config.serving import (
     AUTO_CANDIDATE,
     EntryConfig,
@@ -143,8 +144,9 @@ class Config:
                     shapes[name] = shapes[step.start] if step.start else distill.student
                 case PruneConfig() as prune:
                     shapes[name] = pruned_shape(shapes[step.source], prune, step.source)
-                case QuantizeConfig():
+                case QuantizeConfig() as quantize:
                     shapes[name] = shapes[step.source]
+                    check_quantized_shape(shapes[name], quantize, step.source)
         return shapes
 
     def sparse_candidates(self) -> dict[str, str]:
@@ -183,6 +185,17 @@ class Config:
         assert isinstance(settings, PruneConfig)
         return PruningConfig(
             prune=settings,
+            sequence_length=self.data.sequence_length,
+            document_masks=self.data.document_masks,
+            mixture=self.data.weights,
+        )
+
+    def quantizing(self, name: str) -> QuantizingConfig:
+        """What a step of kind `quantize` does."""
+        settings = self.step_settings(name)
+        assert isinstance(settings, QuantizeConfig)
+        return QuantizingConfig(
+            quantize=settings,
             sequence_length=self.data.sequence_length,
             document_masks=self.data.document_masks,
             mixture=self.data.weights,
