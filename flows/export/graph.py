@@ -61,7 +61,7 @@ def export_graph(
     onnx.checker.check_model(path)
 
 
-def _int8_linear(x: Any, weight: Any, weight_scale: Any) -> Any:
+def _int8_linear(x: Any, weight: Any, weight_scale: Any, input_scale: Any = None) -> Any:
     """`millrace::int8_linear` in integer operations.
 
     Activation codes are shifted to uint8, the only kind for which x86 has a fast kernel: 0.4 x the time of float32,
