@@ -86,7 +86,7 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
         return ChainResult(gates, run(Stage("report", "flows.report.stage", config, everything)))
     made_from = {"program": programs[chosen]}
     if config.model.architecture == Architecture.decoder:
-        generation = run(Stage("generation", "flows.export.generation", None, {"model": models[chosen]}))
+        generation = run(Stage("generation", "flows.export.generation", config.generation(), {"model": models[chosen]}))
         made_from["generation"] = generation
     entry = run(Stage("entry", "flows.serving.entry", config.entry(), made_from))
     proof = {**data, "entry": entry, "model": models[chosen], "program": programs[chosen]}

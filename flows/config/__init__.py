@@ -17,8 +17,10 @@ from flows.config.prune import PruneConfig, PruningConfig, pruned_shape
 from flows.config.quantize import QuantizeConfig, QuantizingConfig, check_quantized_shape
 from flows.config.serving import (
     AUTO_CANDIDATE,
+    CacheDtype,
     EntryConfig,
     ExportConfig,
+    GenerationConfig,
     PassportConfig,
     PublishConfig,
     ServeConfig,
@@ -89,6 +91,14 @@ class Config:
                 self.data.document_masks,
                 f"cannot be combined with model.architecture={self.model.architecture}: it knows no document ids",
                 "Set data.document_masks=false.",
+            )
+            require(
+                self.export.cache_dtype == CacheDtype.float32,
+                "export.cache_dtype",
+                self.export.cache_dtype,
+                f"cannot be combined with model.architecture={self.model.architecture}: its texts are computed from "
+                "their beginning each time, nothing of them is kept",
+                "Set export.cache_dtype=float32.",
             )
         for section, model in {"model": self.model, "distill.student": self.distill.student}.items():
             weights = model.initial_weights
@@ -218,6 +228,10 @@ class Config:
             candidate=self.publish.candidate,
             sparse=self.sparse_candidates(),
         )
+
+    def generation(self) -> GenerationConfig:
+        """Program of the chosen candidate that generates text."""
+        return GenerationConfig(cache_dtype=self.export.cache_dtype)
 
     def entry(self) -> EntryConfig:
         """Model repository entry of the chosen candidate."""
