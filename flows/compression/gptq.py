@@ -1,7 +1,7 @@
 """Codes of a matrix chosen column by column, where later columns make up for what rounding did to earlier ones.
 
-GPTQ (arXiv:2210.17323): rounding weight w_i to q_i moves those that are still free by -(w_i - q_i) / [H^-1]_ii times row
-i of H^-1, which is the exact best answer for the squared error of the outputs (optimal brain quantization,
+GPTQ (arXiv:2210.17323): rounding weight w_i to q_i moves those that are still free by -(w_i - q_i) / [H^-1]_ii times
+row i of H^-1, which is the exact best answer for the squared error of the outputs (optimal brain quantization,
 arXiv:2208.11580) where columns come in a fixed order. Its steps are the rows of the Cholesky factor of H^-1.
 
 Shape letters: N rows, K columns.

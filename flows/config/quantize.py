@@ -56,10 +56,10 @@ class QuantizeConfig:
 
     scheme: Scheme = Scheme.w8a8
     """`w8a8`: INT8 weights with a scale per output channel, inputs to INT8 token by token, INT32 sums; `w8a8_static`:
-    the inputs' scale is fixed beforehand, by calibration; `w8a16`: INT8 weights, floating-point inputs; `w4a16`: 4 bits,
-    with a scale for each group of columns; `w4a8`: the same, inputs to INT8 group by group, which a CPU multiplies
-    faster; `fp8`: as w8a8 in E4M3 (arXiv:2209.05433), embeddings and a tied head in INT8; `mixed`: for each layer w8a8,
-    w4a16 or floating point, within a budget."""
+    the inputs' scale is fixed beforehand, by calibration; `w8a16`: INT8 weights, floating-point inputs; `w4a16`: 4-bit
+    weights, with a scale for each group of columns; `w4a8`: the same, inputs to INT8 group by group, which a CPU
+    multiplies faster; `fp8`: as w8a8 in E4M3 (arXiv:2209.05433), embeddings and a tied head in INT8; `mixed`: for each
+    layer w8a8, w4a16 or floating point, within a budget."""
     method: Method = Method.nearest
     """`nearest`: each weight by itself; `gptq`: later columns make up for what rounding did to earlier ones
     (arXiv:2210.17323); `awq`: columns that meet large inputs are scaled up first (arXiv:2306.00978), and `smoothquant`:
@@ -81,7 +81,7 @@ class QuantizeConfig:
     max_bytes_ratio: float | None = None
     """With `mixed`: bytes of the model's tensors over those before; the budget is met at the least loss of quality."""
     max_kl: float | None = None
-    """With `mixed`: Kullback-Leibler divergence in nats per token that each matrix alone causes on the calibration data,
+    """With `mixed`: Kullback-Leibler divergence in nats per token that each matrix alone causes on calibration data,
     summed over the matrices; as many bytes as possible are saved within it."""
     skip_modules: tuple[str, ...] = ()
     """Glob patterns of module names that stay in floating point, e.g. `*.down_proj`."""

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flows.compression.quantize import quantize_
+from flows.compression.quantizer import quantize_
 from flows.compression.quantized_linear import W8A8Linear
-from flows.config.compression import QuantizeConfig
+from flows.config.quantize import QuantizeConfig
 from flows.config.model import Kernels, ModelConfig
 from flows.model.decoder import Decoder, initialize
 from kernels import reference
