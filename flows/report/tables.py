@@ -33,7 +33,7 @@ class Grid:
 
 
 def layer_grids(layers: Sequence[Mapping[str, Any]], config: QuantizeConfig) -> list[Grid]:
-    """Signal-to-quantization-noise ratio of quantized layers, in dB: a grid of repeated blocks, one of the other layers.
+    """Signal-to-quantization-noise ratio of quantized layers, in dB: a grid of repeated blocks, one of other layers.
 
     The nearer a layer is to the least that is allowed, the warmer it is.
 

@@ -17,7 +17,9 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize("group_size", [None, 32])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_no_number_is_further_than_half_a_step_from_its_code(bits: int, symmetric: bool, group_size: int | None) -> None:
+def test_no_number_is_further_than_half_a_step_from_its_code(
+    bits: int, symmetric: bool, group_size: int | None
+) -> None:
     x = normal(7, 96)
     x[:, 3] = x[2] = 0
     grid = fit_grid(x, bits, group_size, symmetric)
@@ -63,10 +65,15 @@ def test_searching_for_the_scale_never_loses_and_gains_where_one_weight_sticks_o
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [1, 8, 45])
-def test_packed_codes_are_the_codes_exactly_and_lie_as_compressed_tensors_has_them(bits: int, columns: int) -> None:
-    theirs = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+def test_packed_codes_are_the_codes_exactly(bits: int, columns: int) -> None:
     half = 2 ** (bits - 1)
     codes = torch.randint(-half, half, (5, columns), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    words = pack_int32(codes, bits)
-    assert torch.equal(unpack_int32(words, bits, columns), codes)
-    assert torch.equal(words, theirs.pack_to_int32(codes, bits))
+    assert torch.equal(unpack_int32(pack_int32(codes, bits), bits, columns), codes)
+    assert pack_int32(codes, bits).shape == (5, -(-columns * bits // 32))
+
+
+def test_words_hold_codes_from_their_lowest_bits_on_without_a_sign() -> None:
+    nibbles = pack_int32(torch.arange(-8, 8)[None].to(torch.int8), 4)
+    assert [int(word) % 2**32 for word in nibbles[0]] == [0x76543210, 0xFEDCBA98]
+    octets = pack_int32(torch.tensor([[-128, -127, 0, 127]], dtype=torch.int8), 8)
+    assert int(octets) % 2**32 == 0xFF800100

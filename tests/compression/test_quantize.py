@@ -12,8 +12,8 @@ from flows.artifact import Artifact
 from flows.compression import quantize
 from flows.compression.candidate import count_parameters, load_candidate
 from flows.compression.int8 import Int8Embedding
-from flows.compression.quantizer import quantize_
 from flows.compression.quantized_linear import W8A8Linear
+from flows.compression.quantizer import quantize_
 from flows.config import ConfigError
 from flows.config.model import Kernels, ModelConfig
 from flows.config.quantize import QuantizeConfig, QuantizingConfig

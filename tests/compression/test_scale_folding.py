@@ -36,7 +36,9 @@ def seen(x: Tensor) -> Inputs:
 def test_the_function_stays_the_same(architecture: dict[str, bool]) -> None:
     model = Decoder(replace(CONFIG, **architecture), 50).double().requires_grad_(False)
     for number, parameter in enumerate(model.parameters()):
-        parameter.copy_(normal(*parameter.shape, seed=number).double() / parameter.shape[-1] ** 0.5 + (parameter.dim() < 2))
+        parameter.copy_(
+            normal(*parameter.shape, seed=number).double() / parameter.shape[-1] ** 0.5 + (parameter.dim() < 2)
+        )
     ids = torch.arange(30).view(2, 15)
     before = model(ids)
     groups = [*input_groups(model, "model.layers.0"), *input_groups(model, "")]

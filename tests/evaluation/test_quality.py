@@ -13,8 +13,8 @@ from flows.compression import quantize
 from flows.compression.candidate import load_candidate
 from flows.config import ConfigError
 from flows.config.compression import QualityConfig
-from flows.config.quantize import QuantizeConfig, QuantizingConfig
 from flows.config.model import ModelConfig
+from flows.config.quantize import QuantizeConfig, QuantizingConfig
 from flows.data.packed import PackedDataset
 from flows.evaluation import quality
 from flows.evaluation.quality import measure_quality

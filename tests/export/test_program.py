@@ -15,8 +15,8 @@ from onnx import TensorProto, numpy_helper
 from flows.artifact import PROJECT_ROOT, Artifact
 from flows.compression import quantize
 from flows.compression.candidate import load_candidate
-from flows.config.quantize import QuantizeConfig, QuantizingConfig
 from flows.config.model import ModelConfig
+from flows.config.quantize import QuantizeConfig, QuantizingConfig
 from flows.export import program as program_stage
 from flows.export.parity import compare
 from flows.export.program import NextTokenScores
