@@ -21,8 +21,6 @@ from flows.compression.compressed_tensors_layout import (
     read_schemes,
     stored_tensors,
 )
-from flows.compression.int8 import Int8Embedding
-from flows.compression.weight_only import Int4Embedding
 from flows.config.model import Kernels
 from flows.model.arithmetic import parameter_count
 from flows.model.checkpoint import WEIGHTS, load_decoder
@@ -110,8 +108,7 @@ def quantized_state(model: Decoder, coded: Mapping[str, Coded]) -> dict[str, Ten
     if tied and HEAD not in coded:
         del state[f"{HEAD}.weight"]
     for name, matrix in coded.items():
-        is_embedding = isinstance(model.get_submodule(name), Int8Embedding | Int4Embedding)
-        stored = stored_tensors(matrix, is_embedding)
+        stored = stored_tensors(matrix, is_embedding=name == EMBEDDING and not tied)
         kept = ("input_scale",) if tied and name == HEAD else STORED
         state |= {f"{name}.{end}": tensor for end, tensor in stored.items() if end in kept}
     return state

@@ -2,9 +2,9 @@
 
 `quantization_config` in config.json names the layers of each scheme and those that stay in floating point. W8A8 and FP8
 keep codes as `weight` (int-quantized, float-quantized), weight-only schemes pack them into `weight_packed`
-(pack-quantized, signed codes shifted to be unsigned); both with `weight_scale`. A tied output projection has an entry
-of its own among the layers and no tensors: they are those of the embedding. transformers reads a quantized embedding
-that is tied with `CompressedTensorsConfig(dequantize=True)` only.
+(pack-quantized, signed codes shifted to be unsigned); both with `weight_scale`. A tied output projection and its
+embedding are of one group, and the embedding has the tensors of both. transformers reads those with
+`CompressedTensorsConfig(dequantize=True)` only, and where all layers are stored alike: not `mixed`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kernels.reference import FP8, INT8
 
 QUANT_METHOD = "compressed-tensors"
 PACKED = (*INT4_SCHEMES, Scheme.w8a16)
-"""Schemes whose codes are packed; embeddings are always stored so."""
+"""Schemes whose codes are packed; an embedding of its own is always stored so."""
 
 
 STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
@@ -34,18 +34,17 @@ class LayoutError(ValueError):
     """A `quantization_config` or its tensors are of a kind that we do not read."""
 
 
-def quantization_config(coded: Mapping[str, Coded], embeddings: Iterable[str], linear: Iterable[str]) -> dict[str, Any]:
+def quantization_config(coded: Mapping[str, Coded], embedding: str | None, linear: Iterable[str]) -> dict[str, Any]:
     """What config.json says about a quantized model.
 
     Args:
         coded: Matrices by name of layer; a tied head and its embedding both.
-        embeddings: Names of the layers that are embeddings.
+        embedding: Name of the embedding, if it is not tied: it meets no inputs.
         linear: Names of all linear layers, also those that stay in floating point.
     """
-    embeddings = set(embeddings)
     groups: dict[str, dict[str, Any]] = {}
     for name, matrix in coded.items():
-        group = _group(matrix, name in embeddings)
+        group = _group(matrix, name == embedding)
         key = next((key for key, other in groups.items() if {**other, "targets": []} == group), None)
         if key is None:
             key = f"group_{len(groups)}"

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from flows.artifact import Artifact, write_json_atomically
 from flows.compression.calibration import draw_calibration
-from flows.compression.candidate import load_candidate, matrices, quantized_state
+from flows.compression.candidate import EMBEDDING, load_candidate, matrices, quantized_state
 from flows.compression.compressed_tensors_layout import quantization_config
 from flows.compression.quantizer import quantize_
 from flows.config.quantize import QuantizingConfig
@@ -47,8 +46,8 @@ def build(directory: Path, config: QuantizingConfig, parents: Mapping[str, Artif
     report, coded = quantize_(model, config.quantize, calibration)
     state = quantized_state(model, coded)
     save_file({name: tensor.cpu() for name, tensor in state.items()}, directory / WEIGHTS, metadata={"format": "pt"})
-    embeddings = [name for name, layer in layers.items() if isinstance(layer, nn.Embedding)]
-    found = quantization_config(coded, embeddings, [name for name in layers if name not in embeddings])
+    embedding = None if model.config.tie_word_embeddings else EMBEDDING
+    found = quantization_config(coded, embedding, [name for name in layers if name != EMBEDDING])
     write_json_atomically(directory / CONFIG, {**read_json(source), "quantization_config": found})
     copy_tokenizer(source, directory)
     schemes: dict[str, int] = defaultdict(int)

@@ -94,11 +94,8 @@ def test_nothing_left_to_quantize_is_an_error(model):
 def test_weights_are_stored_as_codes_once(tmp_path, source):
     directory = built(tmp_path, source)
     stored = load_file(directory / "model.safetensors")
-    matrices = {name: tensor for name, tensor in stored.items() if name.endswith((".weight", ".weight_packed"))}
-    matrices = {name: tensor for name, tensor in matrices.items() if tensor.dim() == 2}
-    assert [name for name, tensor in matrices.items() if tensor.dtype != torch.int8] == [
-        "model.embed_tokens.weight_packed"
-    ]
+    matrices = {name: tensor for name, tensor in stored.items() if name.endswith(".weight") and tensor.dim() == 2}
+    assert {tensor.dtype for tensor in matrices.values()} == {torch.int8}
     assert not any(name.startswith("lm_head") for name in stored)
     assert stored["model.embed_tokens.weight_scale"].shape == (300, 1)
     weights = sum(tensor.nbytes for tensor in matrices.values())
