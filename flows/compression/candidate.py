@@ -108,7 +108,7 @@ def quantized_state(model: Decoder, coded: Mapping[str, Coded]) -> dict[str, Ten
     if tied and HEAD not in coded:
         del state[f"{HEAD}.weight"]
     for name, matrix in coded.items():
-        stored = stored_tensors(matrix, is_embedding=name == EMBEDDING and not tied)
+        stored = stored_tensors(matrix)
         kept = ("input_scale",) if tied and name == HEAD else STORED
         state |= {f"{name}.{end}": tensor for end, tensor in stored.items() if end in kept}
     return state

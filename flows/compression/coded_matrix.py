@@ -68,15 +68,11 @@ def nearest(weight: Tensor, scheme: Scheme, config: QuantizeConfig) -> Coded:
     return on_grid(scheme, grid, grid.codes(weight))
 
 
-def embedding_scheme(scheme: Scheme, is_tied: bool) -> Scheme:
+def embedding_scheme(scheme: Scheme) -> Scheme:
     """How an embedding is stored where linear layers have a scheme; a tied head then multiplies the same codes.
 
     Rows that are looked up meet no inputs, and E4M3 keeps less of them than INT8 in as many bits.
     """
-    if scheme in INT4_SCHEMES:
-        return scheme if is_tied else Scheme.w4a16
-    if not is_tied:
-        return Scheme.w8a16
     return Scheme.w8a8 if scheme == Scheme.fp8 else scheme
 
 

@@ -3,8 +3,10 @@
 `quantization_config` in config.json names the layers of each scheme and those that stay in floating point. W8A8 and FP8
 keep codes as `weight` (int-quantized, float-quantized), weight-only schemes pack them into `weight_packed`
 (pack-quantized, signed codes shifted to be unsigned); both with `weight_scale`. A tied output projection and its
-embedding are of one group, and the embedding has the tensors of both. transformers reads those with
-`CompressedTensorsConfig(dequantize=True)` only, and where all layers are stored alike: not `mixed`.
+embedding are of one group, and the embedding has the tensors of both.
+
+transformers runs compressed layers as they are where the embedding is not quantized (`quantize.skip_modules`). With it,
+it reads directories with `CompressedTensorsConfig(dequantize=True)`, which knows one way to store layers: not `mixed`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from kernels.reference import FP8, INT8
 
 QUANT_METHOD = "compressed-tensors"
 PACKED = (*INT4_SCHEMES, Scheme.w8a16)
-"""Schemes whose codes are packed; an embedding of its own is always stored so."""
+"""Schemes whose codes are packed."""
 
 
 STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
@@ -34,17 +36,16 @@ class LayoutError(ValueError):
     """A `quantization_config` or its tensors are of a kind that we do not read."""
 
 
-def quantization_config(coded: Mapping[str, Coded], embedding: str | None, linear: Iterable[str]) -> dict[str, Any]:
+def quantization_config(coded: Mapping[str, Coded], linear: Iterable[str]) -> dict[str, Any]:
     """What config.json says about a quantized model.
 
     Args:
         coded: Matrices by name of layer; a tied head and its embedding both.
-        embedding: Name of the embedding, if it is not tied: it meets no inputs.
         linear: Names of all linear layers, also those that stay in floating point.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, matrix in coded.items():
-        group = _group(matrix, name == embedding)
+        group = _group(matrix)
         key = next((key for key, other in groups.items() if {**other, "targets": []} == group), None)
         if key is None:
             key = f"group_{len(groups)}"
@@ -61,7 +62,7 @@ def quantization_config(coded: Mapping[str, Coded], embedding: str | None, linea
     }
 
 
-def _group(matrix: Coded, is_embedding: bool) -> dict[str, Any]:
+def _group(matrix: Coded) -> dict[str, Any]:
     scheme = matrix.scheme
     number = "float" if scheme == Scheme.fp8 else "int"
     weights = {"num_bits": matrix.bits, "type": number, "symmetric": matrix.zeros is None, "dynamic": False}
@@ -73,27 +74,25 @@ def _group(matrix: Coded, is_embedding: bool) -> dict[str, Any]:
         inputs |= {"strategy": "group", "group_size": group_size}
     else:
         inputs |= {"strategy": "token" if inputs["dynamic"] else "tensor"}
-    meets_codes = not is_embedding and scheme not in (Scheme.w4a16, Scheme.w8a16)
-    packed = is_embedding or scheme in PACKED
     return {
         "targets": [],
         "weights": weights,
-        "input_activations": inputs if meets_codes else None,
-        "format": "pack-quantized" if packed else f"{number}-quantized",
+        "input_activations": None if scheme in (Scheme.w4a16, Scheme.w8a16) else inputs,
+        "format": "pack-quantized" if scheme in PACKED else f"{number}-quantized",
     }
 
 
-def stored_tensors(matrix: Coded, is_embedding: bool) -> dict[str, Tensor]:
+def stored_tensors(matrix: Coded) -> dict[str, Tensor]:
     """The tensors of a matrix by the end of their name."""
     found = {"weight_scale": matrix.scales}
-    if not (is_embedding or matrix.scheme in PACKED):
+    if matrix.scheme not in PACKED:
         found["weight"] = matrix.codes
     else:
         found["weight_packed"] = pack_int32(matrix.codes, matrix.bits)
         found["weight_shape"] = torch.tensor(matrix.codes.shape)
     if matrix.zeros is not None:
         found["weight_zero_point"] = pack_int32(matrix.zeros.t(), matrix.bits).t()
-    if matrix.input_scale is not None and not is_embedding:
+    if matrix.input_scale is not None:
         found["input_scale"] = matrix.input_scale.view(1)
     return {end: tensor.contiguous() for end, tensor in found.items()}
 
@@ -114,7 +113,7 @@ def read_coded(tensors: Mapping[str, Tensor], scheme: Scheme, layer: nn.Module) 
     shape = tuple(layer.weight.shape)
     bits = 4 if scheme in INT4_SCHEMES else 8
     scales = tensors["weight_scale"]
-    if "weight_packed" in tensors or scheme in PACKED:
+    if scheme in PACKED:
         words = tensors["weight_packed"]
         _check("weight_packed", words, torch.int32, (shape[0], -(-shape[1] * bits // 32)))
         codes = unpack_int32(words, bits, shape[1])

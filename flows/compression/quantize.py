@@ -46,8 +46,7 @@ def build(directory: Path, config: QuantizingConfig, parents: Mapping[str, Artif
     report, coded = quantize_(model, config.quantize, calibration)
     state = quantized_state(model, coded)
     save_file({name: tensor.cpu() for name, tensor in state.items()}, directory / WEIGHTS, metadata={"format": "pt"})
-    embedding = None if model.config.tie_word_embeddings else EMBEDDING
-    found = quantization_config(coded, embedding, [name for name in layers if name != EMBEDDING])
+    found = quantization_config(coded, [name for name in layers if name != EMBEDDING])
     write_json_atomically(directory / CONFIG, {**read_json(source), "quantization_config": found})
     copy_tokenizer(source, directory)
     schemes: dict[str, int] = defaultdict(int)

@@ -216,7 +216,7 @@ class Quantizer:
     def _suited(self, names: Names, scheme: Scheme) -> Scheme:
         """The scheme of a matrix where linear layers have this one."""
         if isinstance(self.layers[names[0]], nn.Embedding):
-            return embedding_scheme(scheme, is_tied=len(names) > 1)
+            return embedding_scheme(scheme)
         return scheme
 
     def _left_out(self, names: Names) -> str | None:

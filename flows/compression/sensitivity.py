@@ -90,7 +90,7 @@ def _in_place(model: nn.Module, names: Sequence[str], layers: Sequence[nn.Module
 
 def stored_bytes(coded: Coded) -> int:
     """Bytes of a matrix in a file, but for its header."""
-    return sum(tensor.nbytes for tensor in stored_tensors(coded, is_embedding=False).values())
+    return sum(tensor.nbytes for tensor in stored_tensors(coded).values())
 
 
 def choose_schemes(

@@ -66,7 +66,7 @@ def test_a_matrix_from_a_file_is_the_same(tmp_path: Path, scheme: Scheme, symmet
     coded = nearest(weight, scheme, QuantizeConfig(scheme=scheme, symmetric=symmetric))
     if scheme == Scheme.w8a8_static:
         coded = with_input_scale(coded, 3.0)
-    save_file(stored_tensors(coded, is_embedding=False), tmp_path / "matrix.safetensors")
+    save_file(stored_tensors(coded), tmp_path / "matrix.safetensors")
     found = read_coded(load_file(tmp_path / "matrix.safetensors"), scheme, nn.Linear(96, 20))
     for name in ("codes", "scales", "zeros", "input_scale"):
         one, other = getattr(coded, name), getattr(found, name)
@@ -155,9 +155,10 @@ def test_every_matrix_is_what_compressed_tensors_decompresses(
             if tied and name == "lm_head":
                 continue
             theirs = compressor.decompress(parts, scheme)["weight"]
-            assert torch.equal(theirs.float(), _weight(ours.get_submodule(name), theirs.shape[1])), name
+            expected = _weight(ours.get_submodule(name), theirs.shape[1])
+            assert torch.equal(theirs, expected.to(theirs.dtype)), name  # theirs has the dtype of the scales
             checked += 1
-    assert checked == 7 + (1 if tied else 2) - len(settings.get("skip_modules", ()))
+    assert checked == sum(len(group["targets"]) for group in found["config_groups"].values()) - tied
 
 
 @pytest.mark.exhaustive
@@ -172,11 +173,16 @@ def test_transformers_reads_a_tied_model(tmp_path: Path, tokens: Artifact, schem
     for name, layer in ours.named_modules():
         if hasattr(layer, "packed") or hasattr(layer, "weight_scale"):
             found = theirs.get_submodule(name).weight
-            # scales of 4 bits are rounded to the dtype that scales have in the file before theirs are multiplied
-            assert torch.equal(found, _weight(layer, found.shape[1])), name
-    if scheme in (Scheme.w8a16, Scheme.w4a16):
-        with torch.no_grad():  # float32 twins of a layer and a head
-            torch.testing.assert_close(theirs.eval()(IDS).logits, ours(IDS), rtol=1e-4, atol=1e-5)
+            expected = _weight(layer, found.shape[1])
+            if hasattr(layer, "packed"):
+                expected = expected.bfloat16().float()  # theirs round to the dtype of the scales
+            assert torch.equal(found, expected), name
+    with torch.no_grad():
+        found, expected = theirs.eval()(IDS).logits, ours(IDS)
+    if scheme == Scheme.w8a16:  # float32 twins of a layer and a head
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    elif scheme == Scheme.w4a16:  # bfloat16 is off by up to 2^-9: 59 dB a matrix, and no row passes through 20 of them
+        assert sqnr_db(expected, found) > 46
 
 
 @pytest.mark.exhaustive
@@ -185,20 +191,20 @@ def test_transformers_rounds_inputs_as_we_do(tmp_path: Path, tokens: Artifact, s
     """Compressed layers, with inputs rounded as their scheme says."""
     from transformers import AutoModelForCausalLM
 
-    settings = {"max_bytes_ratio": 0.3} if scheme == Scheme.mixed else {}
+    settings: dict[str, Any] = {"max_bytes_ratio": 0.4} if scheme == Scheme.mixed else {}
     untied = made(tmp_path / "source", replace(SHAPE, tie_word_embeddings=False))
-    built(tmp_path / "small", untied, tokens, scheme=scheme, **settings)
+    settings |= {"scheme": scheme, "skip_modules": ("model.embed_tokens",)}
+    built(tmp_path / "small", untied, tokens, **settings)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32).eval()
+    whole, ours = load_candidate(untied.path), load_candidate(tmp_path / "small")
     with torch.no_grad():
-        found, expected, exact = (
-            theirs(IDS).logits,
-            load_candidate(tmp_path / "small")(IDS),
-            load_candidate(untied.path)(IDS),
-        )
-    # they spread inputs over 255 steps where we take 254: roundings differ, and are as large as those of either
-    assert sqnr_db(expected, found) > sqnr_db(exact, expected) - 3
-    if scheme in (Scheme.w8a16, Scheme.w4a16):
+        found, expected, exact = theirs(IDS).logits, ours(IDS), whole(IDS)
+    if scheme == Scheme.w8a16:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    elif scheme == Scheme.w4a16:
+        assert sqnr_db(expected, found) > 46  # as above
+    else:  # they spread inputs over 255 steps where we take 254: other roundings, no larger than ours
+        assert sqnr_db(expected, found) > sqnr_db(exact, expected) - 3
 
 
 def _weight(layer: nn.Module, columns: int) -> torch.Tensor:

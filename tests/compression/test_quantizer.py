@@ -78,6 +78,7 @@ def kept_db(model: Decoder, small: Decoder, calibration: Calibration) -> float:
 def test_inputs_are_those_behind_blocks_as_they_are(calibration: Calibration) -> None:
     model = decoder()
     ids = torch.cat([ids for ids, _, _ in calibration.batches(300, torch.device("cpu"))])
+    caught: list[torch.Tensor] = []
     for number, seen in enumerate(walk_blocks(model, calibration, with_gram=True)):
         if number == 0:
             assert list(seen) == LAYERS[:7]
@@ -85,7 +86,7 @@ def test_inputs_are_those_behind_blocks_as_they_are(calibration: Calibration) ->
             model.model.layers[0].mlp.down_proj.weight.mul_(3)  # what comes next has to see it
             continue
         name = "lm_head" if number == 2 else LAYERS[7]
-        caught = []
+        caught.clear()
         hook = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
         model(ids)
         hook.remove()

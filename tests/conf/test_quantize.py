@@ -39,8 +39,8 @@ def test_steps_have_settings_of_their_own() -> None:
     [
         (
             {"scheme": "w4a16", "method": "smoothquant"},
-            "quantize.method=smoothquant cannot be combined with quantize.scheme=w4a16: it is made for w8a8, w8a8_static. "
-            "Set quantize.method=nearest, or quantize.scheme=w8a8.",
+            "quantize.method=smoothquant cannot be combined with quantize.scheme=w4a16: it is made for w8a8, "
+            "w8a8_static. Set quantize.method=nearest, or quantize.scheme=w8a8.",
         ),
         ({"scheme": "w8a8", "method": "awq"}, "quantize.method=awq cannot be combined with quantize.scheme=w8a8"),
         ({"scheme": "fp8", "method": "gptq"}, "quantize.method=gptq cannot be combined with quantize.scheme=fp8"),
