@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from flows.compression.affine import fit_grid
 from flows.compression.int8 import fp8_linear, int8_linear, quantize_activations
 from flows.compression.weight_only import int4_weight_linear, int8_weight_linear, round_groups
 from kernels.dispatch import runs_kernel
-from kernels.int4_layout import LARGEST_INT4, SYMMETRIC_ZERO, pack
+from kernels.int4_layout import SYMMETRIC_ZERO, pack
 from kernels.quantize import MAX_GROUP, dequantize
 from kernels.reference import FP8
 from kernels.w4a16_linear import DTYPES, w4a16_linear
@@ -180,19 +181,7 @@ def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Ten
     Returns:
         Codes, uint8 [N, K], scales [N, K / G] in the dtype of the weight, and zero points, uint8 [N, K / G], or None.
     """
-    groups = torch.unflatten(weight.detach(), 1, (-1, group_size))
-    wide = groups.to(torch.promote_types(weight.dtype, torch.float32))
-    if symmetric:
-        scales, zeros = wide.abs().amax(-1) / (LARGEST_INT4 - SYMMETRIC_ZERO), None
-    else:
-        low, high = wide.amin(-1).clamp_max(0), wide.amax(-1).clamp_min(0)
-        scales = (high - low) / LARGEST_INT4
-    scales = scales.to(weight.dtype).clamp_min(torch.finfo(weight.dtype).tiny)  # as stored: codes fit what is read
-    steps = wide / scales.to(wide.dtype)[..., None]
-    if symmetric:
-        codes = steps.round() + SYMMETRIC_ZERO
-    else:
-        zeros = (-low / scales.to(wide.dtype)).round().clamp(0, LARGEST_INT4)
-        codes = steps.round() + zeros[..., None]
-        zeros = zeros.to(torch.uint8)
-    return codes.clamp(0, LARGEST_INT4).to(torch.uint8).flatten(1), scales, zeros
+    grid = fit_grid(weight, 4, group_size, symmetric, weight.dtype)
+    codes = grid.codes(weight).to(torch.int32) + SYMMETRIC_ZERO
+    zeros = None if grid.zeros is None else (grid.zeros.to(torch.int32) + SYMMETRIC_ZERO).to(torch.uint8)
+    return codes.to(torch.uint8), grid.scales, zeros
