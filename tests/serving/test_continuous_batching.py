@@ -99,10 +99,13 @@ def test_texts_with_a_cache_in_int8_are_those_of_a_checkpoint_that_rounds_alike(
     for one in texts:
         together.add(one)
     run(together)
+    compared = 0
     for one, prompt in zip(texts, prompts, strict=True):
         new, leads = rounding.continue_greedily(prompt, TOKENS)
-        assert min(leads) > 0.01, "a near tie proves nothing"
-        assert one.new_ids == new
+        sure = next((place for place, lead in enumerate(leads) if lead < 0.01), len(new))  # a near tie proves nothing
+        assert one.new_ids[:sure] == new[:sure]
+        compared += sure
+    assert compared > 0.8 * TOKENS * len(prompts)
 
 
 def test_texts_start_in_order_and_only_where_there_is_room(
