@@ -60,14 +60,20 @@ _library = torch.library.Library("millrace", "FRAGMENT")
 def _linear(codes_dtype: torch.dtype) -> None:
     name = "int8_linear" if codes_dtype == INT8 else "fp8_linear"
 
-    def compute(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None) -> Tensor:
+    def compute(
+        x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None
+    ) -> Tensor:
         codes, scale = quantize_activations(x, input_scale, codes_dtype, "reference")
-        return reference.w8a8_linear(codes, weight, scale, weight_scale, None, x.dtype)
+        return reference.w8a8_linear(codes, weight, scale, weight_scale, bias, x.dtype)
 
-    def empty(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None) -> Tensor:
+    def empty(
+        x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None
+    ) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
-    _library.define(f"{name}(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale) -> Tensor")
+    _library.define(
+        f"{name}(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_scale) -> Tensor"
+    )
     _library.impl(name, compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"millrace::{name}", empty, lib=_library)
 
@@ -75,8 +81,8 @@ def _linear(codes_dtype: torch.dtype) -> None:
 _linear(INT8)
 _linear(FP8)
 int8_linear = torch.ops.millrace.int8_linear
-"""Activations [..., K], int8 codes [N, K], their scales [N] and perhaps the activations' scale [] to results [..., N]
-in the dtype of the activations."""
+"""Activations [..., K], int8 codes [N, K], their scales [N], perhaps a bias [N], perhaps the activations' scale [], to
+results [..., N] in the dtype of the activations."""
 fp8_linear = torch.ops.millrace.fp8_linear
 """The same with E4M3 codes."""
 

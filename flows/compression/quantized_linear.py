@@ -58,8 +58,8 @@ class W8A8Linear(nn.Module):
         dtype = self.weight.dtype
         if not runs_kernel(self.kernels, x, x.shape[-1], MAX_GROUP, fp8=dtype == FP8):
             multiply = fp8_linear if dtype == FP8 else int8_linear  # what export translates
-            y: Tensor = multiply(x, self.weight, self.weight_scale, self.input_scale)
-            return y if self.bias is None else y + self.bias
+            y: Tensor = multiply(x, self.weight, self.weight_scale, self.bias, self.input_scale)
+            return y
         codes, scale = quantize_activations(x, self.input_scale, dtype, self.kernels)
         return w8a8_linear(codes, self.weight, scale, self.weight_scale, self.bias, x.dtype, self.kernels)
 
