@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-SHRINKS = 20
+SHRINKS = 10
 """How many narrower grids `search` tries."""
 LEAST_SHRINK = 0.6
 """The narrowest, of the whole range: what lies outside is cut off."""

@@ -268,7 +268,7 @@ class Quantizer:
                 scheme = self._schemes[readers[0],]
 
                 def rounded(weight: Tensor, scheme: Scheme = scheme) -> Tensor:
-                    return nearest(weight, scheme, self.config).restored()
+                    return nearest(weight, scheme, replace(self.config, search=False)).restored()
 
                 scales = awq_scales(inputs, weights, rounded, group)
             fold_(model, group, scales)

@@ -75,7 +75,7 @@ def awq_scales(
 ) -> Tensor:
     """Scales mean|x_j|^a with the exponent that leaves the least error in what the layers compute (arXiv:2306.00978).
 
-    Exponent 0 is among them, so that no group gets worse on the calibration data.
+    Exponent 0 is among them, so that no group gets worse on the calibration data where it is rounded so.
 
     Args:
         inputs: What the layers read, with `gram`.
