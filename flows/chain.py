@@ -59,8 +59,9 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
                 parents = {"model": source, "tokens": tokens}
                 models[name] = run(Stage(name, "flows.compression.prune", config.pruning(name), parents))
             case StepKind.quantize:
-                settings = config.step_settings(name)
-                models[name] = run(Stage(name, "flows.compression.quantize", settings, {"model": source}))
+                quantizing = config.quantizing(name)
+                parents = {"model": source} | ({"tokens": tokens} if quantizing.quantize.needs_data else {})
+                models[name] = run(Stage(name, "flows.compression.quantize", quantizing, parents))
 
     programs = {
         name: run(Stage(f"{name}_program", "flows.export.program", None, {"model": model}))
@@ -85,7 +86,7 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
         return ChainResult(gates, run(Stage("report", "flows.report.stage", config, everything)))
     made_from = {"program": programs[chosen]}
     if config.model.architecture == Architecture.decoder:
-        generation = run(Stage("generation", "flows.export.generation", None, {"model": models[chosen]}))
+        generation = run(Stage("generation", "flows.export.generation", config.generation(), {"model": models[chosen]}))
         made_from["generation"] = generation
     entry = run(Stage("entry", "flows.serving.entry", config.entry(), made_from))
     proof = {**data, "entry": entry, "model": models[chosen], "program": programs[chosen]}

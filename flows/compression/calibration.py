@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flows.artifact import digest_json
-from flows.config.prune import PruningConfig
+from flows.config.calibration import CalibratedConfig
 from flows.data.mixture import open_split
 from flows.data.packed import Sequences
 
@@ -45,7 +45,7 @@ class Calibration:
         return {"sequences": len(self.indices), "tokens": tokens, "digest": digest}
 
 
-def draw_calibration(tokens_dir: Path, config: PruningConfig) -> Calibration:
+def draw_calibration(tokens_dir: Path, config: CalibratedConfig) -> Calibration:
     """The configured number of training sequences, in the shuffled order of the configured seed.
 
     Args:
@@ -53,6 +53,6 @@ def draw_calibration(tokens_dir: Path, config: PruningConfig) -> Calibration:
         config: How many, and how they are cut.
     """
     dataset = open_split(tokens_dir, "train", config.sequence_length, config.document_masks, config.mixture)
-    chosen = config.prune.calibration
+    chosen = config.calibration
     indices = dataset.order(0, min(chosen.sequences, len(dataset)), chosen.seed)
     return Calibration(dataset, indices, config.sequence_length)

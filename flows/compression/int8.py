@@ -1,10 +1,10 @@
 # torch.library is untyped:
 # mypy: disable-error-code="no-untyped-call,untyped-decorator"
-"""Symmetric INT8: weights per output channel, activations per row, exact INT32 sums.
+"""Symmetric 8-bit codes: weights per output channel, activations per row or with a scale known before.
 
-A row's scale comes from that row alone, so that no result depends on what shares its batch. One operation,
-`millrace::int8_linear`, is what linear layers call where no kernel runs and what `flows.export.program` translates to
-integer operations of ONNX.
+A row's scale comes from that row alone, so that no result depends on what shares its batch. The operations
+`millrace::int8_linear` and `millrace::fp8_linear` are what linear layers call where no kernel runs and what
+`flows.export.low_bit_operations` translates to ONNX.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn.functional import embedding
 
 from kernels import reference
 from kernels.quantize import quantize_rows
+from kernels.reference import FP8, INT8, LARGEST_CODE
 
 
 def sqnr_db(x: Tensor, approximation: Tensor) -> float:
@@ -23,25 +24,67 @@ def sqnr_db(x: Tensor, approximation: Tensor) -> float:
     return float(10 * torch.log10(signal / noise)) if signal > 0 else float("inf")
 
 
+def quantize_by(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nearest codes (ties to even) of activations whose scale was chosen before; what lies beyond is cut off.
+
+    Args:
+        x: Activations.
+        scale: What one code step stands for [].
+        dtype: torch.int8, then -128 is used too, or torch.float8_e4m3fn.
+    """
+    steps = x.to(torch.promote_types(x.dtype, torch.float32)) / scale
+    if dtype == INT8:
+        return steps.round().clamp(-128, 127).to(dtype)
+    return steps.clamp(-LARGEST_CODE[FP8], LARGEST_CODE[FP8]).to(dtype)
+
+
+def quantize_activations(
+    x: Tensor, input_scale: Tensor | None, dtype: torch.dtype, kernels: str
+) -> tuple[Tensor, Tensor]:
+    """Codes of activations [..., K] and the scale of each row [..., 1].
+
+    Args:
+        x: Activations [..., K].
+        input_scale: Scale of all rows []; None = each row's own.
+        dtype: torch.int8 or torch.float8_e4m3fn.
+        kernels: `auto`, `triton` or `reference`; see `kernels.dispatch`.
+    """
+    if input_scale is None:
+        return quantize_rows(x, dtype, kernels)
+    return quantize_by(x, input_scale, dtype), input_scale.expand(*x.shape[:-1], 1)
+
+
 _library = torch.library.Library("millrace", "FRAGMENT")
-_library.define("int8_linear(Tensor x, Tensor weight, Tensor weight_scale) -> Tensor")
 
 
-def _int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    codes, scale = quantize_rows(x, torch.int8, "reference")
-    return reference.w8a8_linear(codes, weight, scale, weight_scale, None, x.dtype)
+def _linear(codes_dtype: torch.dtype) -> None:
+    name = "int8_linear" if codes_dtype == INT8 else "fp8_linear"
+
+    def compute(
+        x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None
+    ) -> Tensor:
+        codes, scale = quantize_activations(x, input_scale, codes_dtype, "reference")
+        return reference.w8a8_linear(codes, weight, scale, weight_scale, bias, x.dtype)
+
+    def empty(
+        x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None
+    ) -> Tensor:
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+    _library.define(
+        f"{name}(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_scale) -> Tensor"
+    )
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"millrace::{name}", empty, lib=_library)
 
 
-_library.impl("int8_linear", _int8_linear, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("millrace::int8_linear", lib=_library)
-def _(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
+_linear(INT8)
+_linear(FP8)
 int8_linear = torch.ops.millrace.int8_linear
-"""Activations [..., K], codes [N, K] and their scales [N] to results [..., N] in the dtype of the activations."""
+"""Activations [..., K], int8 codes [N, K], their scales [N], perhaps a bias [N], perhaps the activations' scale [], to
+results [..., N] in the dtype of the activations."""
+fp8_linear = torch.ops.millrace.fp8_linear
+"""The same with E4M3 codes."""
 
 
 class Int8Embedding(nn.Module):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flows.config.checks import ConfigError, RunError, require
-from flows.config.compression import EvaluateConfig, GatingConfig, QualityConfig, QuantizeConfig
+from flows.config.compression import EvaluateConfig, GatingConfig, QualityConfig
 from flows.config.data import DataConfig
 from flows.config.engine import EngineConfig
 from flows.config.hardware import PlanConfig
@@ -16,10 +16,13 @@ from flows.config.model import Architecture, ModelConfig
 from flows.config.monitoring import MonitorConfig
 from flows.config.predict import PredictConfig
 from flows.config.prune import PruneConfig, PruningConfig, pruned_shape
+from flows.config.quantize import QuantizeConfig, QuantizingConfig, check_quantized_shape
 from flows.config.serving import (
     AUTO_CANDIDATE,
+    CacheDtype,
     EntryConfig,
     ExportConfig,
+    GenerationConfig,
     PassportConfig,
     PublishConfig,
     ServeConfig,
@@ -95,6 +98,14 @@ class Config:
                 f"cannot be combined with model.architecture={self.model.architecture}: it knows no document ids",
                 "Set data.document_masks=false.",
             )
+            require(
+                self.export.cache_dtype == CacheDtype.float32,
+                "export.cache_dtype",
+                self.export.cache_dtype,
+                f"cannot be combined with model.architecture={self.model.architecture}: its texts are computed from "
+                "their beginning each time, nothing of them is kept",
+                "Set export.cache_dtype=float32.",
+            )
         for section, model in {"model": self.model, "distill.student": self.distill.student}.items():
             weights = model.initial_weights
             require(
@@ -149,8 +160,9 @@ class Config:
                     shapes[name] = shapes[step.start] if step.start else distill.student
                 case PruneConfig() as prune:
                     shapes[name] = pruned_shape(shapes[step.source], prune, step.source)
-                case QuantizeConfig():
+                case QuantizeConfig() as quantize:
                     shapes[name] = shapes[step.source]
+                    check_quantized_shape(shapes[name], quantize, step.source)
         return shapes
 
     def sparse_candidates(self) -> dict[str, str]:
@@ -194,6 +206,17 @@ class Config:
             mixture=self.data.weights,
         )
 
+    def quantizing(self, name: str) -> QuantizingConfig:
+        """What a step of kind `quantize` does."""
+        settings = self.step_settings(name)
+        assert isinstance(settings, QuantizeConfig)
+        return QuantizingConfig(
+            quantize=settings,
+            sequence_length=self.data.sequence_length,
+            document_masks=self.data.document_masks,
+            mixture=self.data.weights,
+        )
+
     def quality(self) -> QualityConfig:
         """Measurement of each candidate on the test split."""
         return QualityConfig(
@@ -211,6 +234,10 @@ class Config:
             candidate=self.publish.candidate,
             sparse=self.sparse_candidates(),
         )
+
+    def generation(self) -> GenerationConfig:
+        """Program of the chosen candidate that generates text."""
+        return GenerationConfig(cache_dtype=self.export.cache_dtype)
 
     def entry(self) -> EntryConfig:
         """Model repository entry of the chosen candidate."""

@@ -1,4 +1,4 @@
-"""How models are made smaller, how every candidate is measured, and what it has to reach to be published."""
+"""How every candidate is measured, and what it has to reach to be published."""
 
 from __future__ import annotations
 
@@ -6,16 +6,6 @@ from dataclasses import dataclass, field
 
 from flows.config.checks import require, require_positive
 from flows.config.steps import StepConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizeConfig:
-    """INT8 weights per output channel, INT8 activations per token, INT32 sums."""
-
-    skip_modules: tuple[str, ...] = ()
-    """Glob patterns of module names that stay in floating point, e.g. `*.down_proj`."""
-    min_sqnr_db: float = 25.0
-    """A layer whose weights keep a lower signal-to-quantization-noise ratio stays in floating point and is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,8 +32,8 @@ class ModelConfig:
     """`decoder`: ours; `transformers`: the causal language model in `initial_weights` as that library computes it. Its
     shape is its own then: the settings of the shape below are not read."""
     hidden_size: int = 256
-    intermediate_size: int = 688
-    """Width of the SwiGLU feed-forward layer."""
+    intermediate_size: int = 704
+    """Width of the SwiGLU feed-forward layer: 8/3 of the hidden size (arXiv:2302.13971), up to a multiple of 32."""
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 2

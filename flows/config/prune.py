@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from flows.config.calibration import CalibratedConfig, CalibrationConfig
 from flows.config.checks import require, require_positive
 from flows.config.model import ModelConfig
 
@@ -24,22 +25,6 @@ class SparsityMethod(StrEnum):
     magnitude = "magnitude"
     magnitude_global = "magnitude_global"
     wanda = "wanda"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationConfig:
-    """Sequences of the training split on which importance is measured."""
-
-    sequences: int = 128
-    """How many of `data.sequence_length` tokens; Wanda's number (arXiv:2306.11695)."""
-    seed: int = 0
-    """Of the order in which they are drawn."""
-
-    def __post_init__(self) -> None:
-        require_positive("prune.calibration", self, ["sequences"])
-        require(
-            self.seed >= 0, "prune.calibration.seed", self.seed, "must not be negative", "Set prune.calibration.seed=0."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +64,7 @@ class PruneConfig:
         )
 
     def __post_init__(self) -> None:
+        self.calibration.check("prune.calibration")
         widths = ["intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_size", "num_hidden_layers"]
         require_positive("prune", self, [name for name in widths if getattr(self, name) is not None])
         require(
@@ -133,16 +119,15 @@ class PruneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningConfig:
+class PruningConfig(CalibratedConfig):
     """What a pruned candidate depends on, besides its source and the data."""
 
     prune: PruneConfig
-    sequence_length: int
-    """Of the calibration data, in tokens."""
-    document_masks: bool = False
-    """Whether documents that share a sequence are told apart."""
-    mixture: dict[str, int] = field(default_factory=dict)
-    """Weight of each corpus by name; empty = there is one."""
+
+    @property
+    def calibration(self) -> CalibrationConfig:
+        """What importance is measured on."""
+        return self.prune.calibration
 
 
 def pruned_shape(source: ModelConfig, config: PruneConfig, name: str) -> ModelConfig:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from flows.config.checks import require, require_positive
 
 AUTO_CANDIDATE = "auto"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class CacheDtype(StrEnum):
+    """In what the keys and values of past tokens are kept."""
+
+    float32 = "float32"
+    int8 = "int8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +42,8 @@ class ExportConfig:
     """Prompt tokens computed in one step, so that long prompts do not hold up the texts that run."""
     cache_mb: int = 256
     """Megabytes (10^6 bytes) for keys and values of all running texts; each reserves all that it may need."""
+    cache_dtype: CacheDtype = CacheDtype.float32
+    """`float32`, or `int8` with a code step for each token and head: 4 K / (K + 4) x the tokens at head width K."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -165,6 +175,13 @@ class ServeConfig:
             f"and the other ports must differ, not {ports}",
             "Set serve.grpc_port and serve.metrics_port to other numbers.",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """What the program that generates text depends on, besides its model."""
+
+    cache_dtype: CacheDtype = CacheDtype.float32
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,7 @@ class DistillConfig:
 
     student: ModelConfig = field(
         default_factory=lambda: ModelConfig(
-            hidden_size=128, intermediate_size=344, num_attention_heads=4, num_key_value_heads=2
+            hidden_size=128, intermediate_size=352, num_attention_heads=4, num_key_value_heads=2
         )
     )
     train: TrainConfig = field(default_factory=TrainConfig)

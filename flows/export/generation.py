@@ -26,7 +26,9 @@ from torch.nn.functional import embedding
 
 from flows.artifact import Artifact
 from flows.compression.candidate import load_candidate
+from flows.config.serving import CacheDtype, GenerationConfig
 from flows.export.graph import export_graph
+from flows.export.int8_cache import decode, encode, keep_cache_in_int8
 from flows.export.parity import compare
 from flows.export.program import NextTokenScores
 from flows.export.shipped.text_programs import PagedProgram
@@ -39,12 +41,12 @@ CHECKED_BYTES = 1 << 26
 """Of keys and values, while program and candidate are compared."""
 
 
-def build(directory: Path, config: None, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
+def build(directory: Path, config: GenerationConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
     """Stage: writes generation.onnx.
 
     Args:
         directory: Where it goes.
-        config: There is nothing to choose.
+        config: In what keys and values are kept.
         parents: `model`: a candidate that is a decoder of ours.
 
     Returns:
@@ -55,8 +57,11 @@ def build(directory: Path, config: None, parents: Mapping[str, Artifact]) -> Map
     """
     model = load_candidate(parents["model"].path)
     assert isinstance(model, Decoder), "others have no such program"
-    export_generation(model, directory / GENERATION)
+    export_generation(model, directory / GENERATION, config.cache_dtype)
     whole = load_candidate(parents["model"].path)
+    assert isinstance(whole, Decoder)
+    if config.cache_dtype == CacheDtype.int8:
+        keep_cache_in_int8(whole)
     parity = compare(NextTokenScores(whole).eval(), _TokenByToken(directory / GENERATION), whole.vocab_size)
     return {"largest_difference": parity.largest_difference, "tolerance": parity.tolerance}
 
@@ -96,24 +101,27 @@ class GenerationStep(nn.Module):
     """Scores of the token after each row's last new one, and the new tokens' keys and values.
 
     Args:
-        model: Any decoder, floating-point or INT8; its attention layers are told to look at pages from then on.
+        model: Any decoder, floating-point or of few bits; its attention layers are told to look at pages from then on.
+        cache_dtype: In what keys and values are kept.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, cache_dtype: CacheDtype) -> None:
         super().__init__()
         self.model = model
+        self.attend_to_pages = _attend_to_pages if cache_dtype == CacheDtype.float32 else _attend_to_int8_pages
 
     def forward(
         self, input_ids: Tensor, new_lengths: Tensor, past_lengths: Tensor, page_table: Tensor, *pages: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores [B, V] and the new keys and values, each [N, B, S, G, K].
+    ) -> tuple[Tensor, ...]:
+        """Scores [B, V] and the new keys and values, each [N, B, S, G, K]; in INT8 also their steps [N, B, S, G, 1].
 
         Args:
             input_ids: New tokens [B, S], int64, padded on the right.
             new_lengths: How many of them are real [B], at least one.
             past_lengths: Tokens before them [B]; 0 for a new text.
             page_table: Numbers of the pages that hold those [B, M], in order; what lies behind them does not matter.
-            *pages: Pool of each layer's keys, then of each layer's values, [pages, T, G, K] float32.
+            *pages: Pool of each layer's keys, then of each layer's values, [pages, T, G, K] float32 or int8; in INT8
+                then of their steps, [pages, T, G, 1] float32.
         """
         stack = self.model.model
         num_layers, length = len(stack.layers), input_ids.shape[1]
@@ -125,21 +133,21 @@ class GenerationStep(nn.Module):
         allowed_B1SP = torch.cat((is_past_BSP, is_before_BSS), dim=-1)[:, None]
         x_BSD = stack.embed_tokens(input_ids)
         rotation = angles(positions_BS, stack.head_dim, stack.rope_theta)
-        new: list[tuple[Tensor, Tensor]] = []
-        for layer, key_pages, value_pages in zip(stack.layers, pages[:num_layers], pages[num_layers:], strict=True):
+        new: list[tuple[Tensor, ...]] = []
+        for number, layer in enumerate(stack.layers):
             attention = layer.self_attn
             assert isinstance(attention, Attention)
-            past = _read(key_pages, page_table), _read(value_pages, page_table)
-            attention.attend = partial(_attend_to_pages, past, new)
+            past = tuple(_read(pool, page_table) for pool in pages[number::num_layers])
+            attention.attend = partial(self.attend_to_pages, past, new)
             x_BSD = layer(x_BSD, rotation, allowed_B1SP)
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)
         scores_BV = self.model.lm_head(stack.norm(x_BSD)[rows, new_lengths - 1])
-        return scores_BV, torch.stack([keys for keys, _ in new]), torch.stack([values for _, values in new])
+        return scores_BV, *(torch.stack(of_all_layers) for of_all_layers in zip(*new, strict=True))
 
 
 def _attend_to_pages(
-    past: tuple[Tensor, Tensor],
-    new: list[tuple[Tensor, Tensor]],
+    past: tuple[Tensor, ...],
+    new: list[tuple[Tensor, ...]],
     q_BHSK: Tensor,
     k_BGSK: Tensor,
     v_BGSK: Tensor,
@@ -150,21 +158,40 @@ def _attend_to_pages(
     return attend(q_BHSK, keys, values, allowed_B1SP)
 
 
+def _attend_to_int8_pages(
+    past: tuple[Tensor, ...],
+    new: list[tuple[Tensor, ...]],
+    q_BHSK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    allowed_B1SP: Tensor | None,
+) -> Tensor:
+    (k_codes, k_steps), (v_codes, v_steps) = encode(k_BGSK), encode(v_BGSK)
+    coded = (k_codes, v_codes, k_steps, v_steps)
+    new.append(tuple(one.transpose(1, 2) for one in coded))
+    k_codes, v_codes, k_steps, v_steps = (torch.cat(pair, dim=2) for pair in zip(past, coded, strict=True))
+    return attend(q_BHSK, decode(k_codes, k_steps), decode(v_codes, v_steps), allowed_B1SP)
+
+
 def _read(pages: Tensor, page_table_BM: Tensor) -> Tensor:
-    """Keys or values of the rows' pages [B, G, P, K]."""
+    """Keys or values of the rows' pages, or their steps [B, G, P, K or 1]."""
     rows = embedding(page_table_BM, pages.flatten(1))  # one copy per page
     return rows.view(page_table_BM.shape[0], -1, *pages.shape[2:]).transpose(1, 2)
 
 
-def export_generation(model: Decoder, path: Path) -> None:
+def export_generation(model: Decoder, path: Path, cache_dtype: CacheDtype) -> None:
     """Writes the graph, for any number of rows, new tokens and pages; equal weights give equal bytes."""
     config = model.config
-    shape = (5, PAGE_TOKENS, config.num_key_value_heads, config.head_dim)
-    pages = [torch.zeros(shape) for _ in range(2 * config.num_hidden_layers)]
+    heads, width, layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
+    int8 = cache_dtype == CacheDtype.int8
+    codes = torch.zeros(5, PAGE_TOKENS, heads, width, dtype=torch.int8 if int8 else torch.float32)
+    kept = {"key": codes, "value": codes}
+    if int8:
+        kept |= dict.fromkeys(("key_step", "value_step"), torch.zeros(5, PAGE_TOKENS, heads, 1))
+    pages = [pool.clone() for pool in kept.values() for _ in range(layers)]
     rows, new, table, pool = (torch.export.Dim(name) for name in ("rows", "new_tokens", "row_pages", "pool_pages"))
-    kinds = [f"{kind}_pages_{layer}" for kind in ("key", "value") for layer in range(config.num_hidden_layers)]
     export_graph(
-        GenerationStep(model),
+        GenerationStep(model, cache_dtype),
         (
             torch.zeros(2, 3, dtype=torch.int64),
             torch.ones(2, dtype=torch.int64),
@@ -172,8 +199,11 @@ def export_generation(model: Decoder, path: Path) -> None:
             torch.zeros(2, 4, dtype=torch.int64),
             *pages,
         ),
-        ["input_ids", "new_lengths", "past_lengths", "page_table", *kinds],
-        ["logits", "new_keys", "new_values"],
+        [
+            *("input_ids", "new_lengths", "past_lengths", "page_table"),
+            *(f"{kind}_pages_{layer}" for kind in kept for layer in range(layers)),
+        ],
+        ["logits", *(f"new_{kind}s" for kind in kept)],
         ({0: rows, 1: new}, {0: rows}, {0: rows}, {0: rows, 1: table}, tuple({0: pool} for _ in pages)),
         path,
     )

@@ -12,12 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flows.compression.quantized_linear import W4A8Linear, W8A8Linear
+from flows.export.int8_cache import attend_rounded
 from flows.export.runtime import ProgramError
+from flows.model.attention import Attention
 
 NOISE_FACTOR = 4.0
 """Two float32 programs may each be off by the noise, and the largest of few samples understates it."""
 JITTER = 2.0**-17
-"""Relative change of an INT8 model's float tensors: 2^10 below its resolution, enough to tip codes at an edge."""
+"""Relative change of the float tensors of a model that rounds activations to 8 bits: 2^10 below INT8's resolution and
+2^13 below E4M3's, enough to tip codes at an edge."""
 JITTERED_TWINS = 4
 """What one tipped code does has a long tail: one sample of it understates the next."""
 FLOOR_ULPS = 4
@@ -47,10 +51,10 @@ class Parity:
 def compare(scores: nn.Module, program: Scoring, vocab_size: int) -> Parity:
     """Runs both on random ids of several shapes, rows padded left and right by different amounts.
 
-    The noise is the largest difference between the candidate in float32 and in float64. In an INT8 model rounding
-    errors sometimes tip an activation over the edge between two codes, a jump far above float32's resolution; so that
-    the noise is sure to hold such jumps, the candidate is also compared with itself after several tiny jitters. Few
-    rows jump: the median row has to agree as closely as in a float model.
+    The noise is the largest difference between the candidate in float32 and in float64. Where activations, or keys and
+    values, are rounded to 8 bits, rounding errors sometimes tip one over the edge between two codes, a jump far above
+    float32's resolution; so that the noise is sure to hold such jumps, the candidate is also compared with itself after
+    several tiny jitters. Few rows jump: the median row has to agree as closely as in a float model.
 
     Args:
         scores: Ids and mask [batch, length] to next-token scores [batch, vocab], on the CPU, in float32.
@@ -61,8 +65,8 @@ def compare(scores: nn.Module, program: Scoring, vocab_size: int) -> Parity:
         ProgramError: They differ by more than the candidate's own noise explains.
     """
     double = deepcopy(scores).double()
-    int8 = any(tensor.dtype == torch.int8 for tensor in scores.buffers())
-    jittered = [_jittered(scores, seed) for seed in range(JITTERED_TWINS if int8 else 0)]
+    rounds = any(_rounds_activations(module) for module in scores.modules())
+    jittered = [_jittered(scores, seed) for seed in range(JITTERED_TWINS if rounds else 0)]
     differences, noises, jumps = [], [], [torch.zeros(1)]
     largest = 0.0
     for ids, mask in sample_inputs(vocab_size):
@@ -102,10 +106,16 @@ def sample_inputs(vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield ids, mask
 
 
+def _rounds_activations(module: nn.Module) -> bool:
+    if isinstance(module, Attention):
+        return module.attend is attend_rounded
+    return isinstance(module, W8A8Linear | W4A8Linear)
+
+
 def _jittered(scores: nn.Module, seed: int) -> nn.Module:
     twin = deepcopy(scores)
     generator = torch.Generator().manual_seed(seed)
     for tensor in twin.state_dict().values():
-        if tensor.is_floating_point():
+        if tensor.dtype == torch.float32:  # never E4M3 codes
             tensor.mul_(1 + JITTER * (2 * torch.rand(tensor.shape, generator=generator) - 1))
     return twin

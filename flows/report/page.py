@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from flows.artifact import Artifact
 from flows.config import Config, to_plain
+from flows.config.quantize import QuantizeConfig
 from flows.config.steps import StepKind
 from flows.config.training import Objective, TrainingRun
 from flows.report import number_format, tables
@@ -57,9 +58,13 @@ def render(config: Config, parents: Mapping[str, Artifact]) -> str:
         plans={name: tables.plan_rows(metrics[name]) for name in config.trained_candidates},
         objectives={name: _objective(run) for name, run in config.training_runs().items()},
         layers={
-            name: tables.layer_grids(metrics[name]["layers"], config.quantize.min_sqnr_db)
-            for name, step in config.steps.items()
-            if step.kind == StepKind.quantize
+            name: {
+                "settings": settings,
+                "grids": tables.layer_grids(metrics[name]["layers"], settings),
+                "figure": _sensitivity_figure(name, metrics[name]["layers"], series[name]),
+            }
+            for name in config.steps
+            if isinstance(settings := config.step_settings(name), QuantizeConfig)
         },
         pruned={
             name: {
@@ -149,6 +154,16 @@ def _pruning_figures(name: str, pruned: Mapping[str, Any], series: int) -> list[
         label = f"importance of {width}, of the largest"
         figures.append(curves(lines, "share of them, best first", label, *FIGURE_SIZE, from_zero=True))
     return figures
+
+
+def _sensitivity_figure(name: str, layers: Sequence[Mapping[str, Any]], series: int) -> Markup | None:
+    """A bar for each matrix that was quantized alone, in the order of the table; hollow = it stays as it is."""
+    measured = [layer for layer in layers if layer["sensitivity"] is not None]
+    if not measured:
+        return None
+    labels = ("matrix, in the order of the model", "divergence when it alone is quantized, nats per token")
+    values = [layer["sensitivity"] for layer in measured]
+    return bars(values, [layer["scheme"] is not None for layer in measured], f"sensitivity-{name}", series, labels)
 
 
 def _training_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, Markup]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.artifact import Artifact, read_manifest
+from flows.config.quantize import QuantizeConfig
 
 WARM_DB = 20.0
 """A layer that is this much above the least ratio is shown plain."""
@@ -31,19 +32,19 @@ class Grid:
     rows: Mapping[str, Sequence[Cell | None]]
 
 
-def layer_grids(layers: Sequence[Mapping[str, Any]], min_sqnr_db: float) -> list[Grid]:
-    """Signal-to-quantization-noise ratio of the INT8 layers, in dB: a grid of repeated blocks, one of the other layers.
+def layer_grids(layers: Sequence[Mapping[str, Any]], config: QuantizeConfig) -> list[Grid]:
+    """Signal-to-quantization-noise ratio of quantized layers, in dB: a grid of repeated blocks, one of other layers.
 
     The nearer a layer is to the least that is allowed, the warmer it is.
 
     Args:
-        layers: Rows of the quantization report: `name`, `sqnr_db`, `skipped_reason`.
-        min_sqnr_db: What a layer must keep.
+        layers: Rows of the quantization report: `name`, `scheme`, `sqnr_db`, `skipped_reason`.
+        config: How the model was quantized.
     """
     cells = {}
     for layer in layers:
         if layer["skipped_reason"] is None:
-            heat = 1 - (layer["sqnr_db"] - min_sqnr_db) / WARM_DB
+            heat = 1 - (layer["sqnr_db"] - config.least_sqnr_db(layer["scheme"])) / WARM_DB
             cells[layer["name"]] = Cell(layer["sqnr_db"], min(1.0, max(0.0, heat)))
     return _block_grids(cells)
 

@@ -138,7 +138,11 @@ def _check_cache(generation: Path, config: EntryConfig) -> None:
     from flows.export.generation import PAGE_TOKENS
 
     pages = [one for one in onnx.load(generation, load_external_data=False).graph.input if "_pages_" in one.name]
-    token_bytes = sum(4 * math.prod(dim.dim_value for dim in one.type.tensor_type.shape.dim[2:]) for one in pages)
+    token_bytes = sum(
+        onnx.helper.tensor_dtype_to_np_dtype(one.type.tensor_type.elem_type).itemsize
+        * math.prod(dim.dim_value for dim in one.type.tensor_type.shape.dim[2:])
+        for one in pages
+    )
     tokens = -(-config.sequence_length // PAGE_TOKENS) * PAGE_TOKENS
     require(
         config.export.cache_mb * 10**6 >= tokens * token_bytes,

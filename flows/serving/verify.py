@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 from flows.artifact import RECORDS_DIR, Artifact, library_versions, write_json_atomically
 from flows.compression.candidate import load_candidate
 from flows.config import RunError
-from flows.config.serving import PassportConfig
+from flows.config.serving import CacheDtype, PassportConfig
 from flows.data.mixture import open_split
 from flows.data.tokenizer import load_tokenizer
+from flows.export.int8_cache import keep_cache_in_int8
+from flows.model.decoder import Decoder
 from flows.serving.client import Client, Transport
 from flows.serving.entry import REPOSITORY, STAGED_VERSION, read_files, version_digests
 from flows.serving.installation import ServerError
@@ -60,6 +62,11 @@ def build(directory: Path, config: PassportConfig, parents: Mapping[str, Artifac
     fresh = random.integers(0, index["vocab_size"], real.shape)
     lengths = sorted({*config.verify.lengths, config.sequence_length})
     reference = make_reference(model, np.concatenate([real, fresh]), lengths, config.verify.noise_factor)
+    text_tolerance = reference.tolerance
+    if config.export.cache_dtype == CacheDtype.int8:  # texts are those of the checkpoint with such a cache
+        assert isinstance(model, Decoder)
+        keep_cache_in_int8(model)
+        text_tolerance = make_reference(model, real, lengths, config.verify.noise_factor).tolerance
     checkpoint = Checkpoint(model, tokenizer, index["eos_token_id"], config.sequence_length)
     prompts = _prompts(real, checkpoint, config)
 
@@ -76,9 +83,7 @@ def build(directory: Path, config: PassportConfig, parents: Mapping[str, Artifac
                     addresses, names[0], STAGED_VERSION, reference, config.export.max_batch_size, random
                 )
                 served = Served(addresses, names[1], STAGED_VERSION)
-                checks += check_text(
-                    served, checkpoint, prompts, config.verify.text_new_tokens, reference.tolerance, random
-                )
+                checks += check_text(served, checkpoint, prompts, config.verify.text_new_tokens, text_tolerance, random)
         except ServerError as error:
             raise PassportError(f"The model cannot be served, so nothing was published. {error}") from error
 

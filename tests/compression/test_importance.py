@@ -7,7 +7,8 @@ from torch.nn.functional import cosine_similarity
 from flows.artifact import Artifact
 from flows.compression.calibration import Calibration, draw_calibration
 from flows.compression.importance import mean_loss, measure_importance
-from flows.config.prune import CalibrationConfig, LayerImportance, PruneConfig, PruningConfig
+from flows.config.calibration import CalibrationConfig
+from flows.config.prune import LayerImportance, PruneConfig, PruningConfig
 from flows.model.decoder import Decoder
 
 

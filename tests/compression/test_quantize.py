@@ -12,11 +12,11 @@ from flows.artifact import Artifact
 from flows.compression import quantize
 from flows.compression.candidate import count_parameters, load_candidate
 from flows.compression.int8 import Int8Embedding
-from flows.compression.quantize import quantize_
 from flows.compression.quantized_linear import W8A8Linear
+from flows.compression.quantizer import quantize_
 from flows.config import ConfigError
-from flows.config.compression import QuantizeConfig
 from flows.config.model import Kernels, ModelConfig
+from flows.config.quantize import QuantizeConfig, QuantizingConfig
 from flows.model.checkpoint import save_decoder
 from flows.model.config_json import CheckpointError
 from flows.model.decoder import Decoder, initialize
@@ -24,16 +24,20 @@ from flows.model.decoder import Decoder, initialize
 IDS = torch.arange(40).view(2, 20)
 
 
+def of(config: QuantizeConfig) -> QuantizingConfig:
+    return QuantizingConfig(quantize=config, sequence_length=32)
+
+
 def built(tmp_path: Path, source: Artifact, config: QuantizeConfig | None = None, name: str = "int8") -> Path:
     directory = tmp_path / name
     directory.mkdir()
-    quantize.build(directory, config or QuantizeConfig(), {"model": source})
+    quantize.build(directory, of(config or QuantizeConfig()), {"model": source})
     return directory
 
 
 def test_every_linear_layer_and_the_embedding_become_int8(model):
     before = model(IDS)
-    report = quantize_(model, QuantizeConfig())
+    report, _ = quantize_(model, QuantizeConfig())
     assert len(report.layers) == 2 * 7 + 2
     assert report.quantized == [layer.name for layer in report.layers]
     assert not any(isinstance(layer, nn.Linear | nn.Embedding) for layer in model.modules())
@@ -52,7 +56,7 @@ def test_a_shared_matrix_stays_shared(model):
 
 def test_skipped_layers_stay_as_they_are_and_are_reported(model):
     kept = model.model.layers[1].mlp.down_proj
-    report = quantize_(model, QuantizeConfig(skip_modules=("*.1.*.down_proj",)))
+    report, _ = quantize_(model, QuantizeConfig(skip_modules=("*.1.*.down_proj",)))
     assert model.model.layers[1].mlp.down_proj is kept
     reasons = {layer.name: layer.skipped_reason for layer in report.layers if layer.skipped_reason}
     assert reasons == {
@@ -61,7 +65,7 @@ def test_skipped_layers_stay_as_they_are_and_are_reported(model):
 
 
 def test_skipping_one_user_of_a_shared_matrix_skips_the_other(model):
-    report = quantize_(model, QuantizeConfig(skip_modules=("lm_head",)))
+    report, _ = quantize_(model, QuantizeConfig(skip_modules=("lm_head",)))
     skipped = [layer.name for layer in report.layers if layer.skipped_reason]
     assert skipped == ["model.embed_tokens", "lm_head"]
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -71,7 +75,7 @@ def test_a_layer_whose_weights_suffer_stays_in_floating_point(model):
     model.model.layers[0].self_attn.v_proj.weight[:, 0] = 50.0  # all else drowns in steps of 50 / 127
     model.model.layers[0].self_attn.v_proj.weight[:, 0] *= torch.tensor([1.0, 1.001] * 16)
     model.model.layers[0].self_attn.v_proj.weight[:, 1:] = 0.19  # just below half a step
-    report = quantize_(model, QuantizeConfig(min_sqnr_db=36.0))
+    report, _ = quantize_(model, QuantizeConfig(min_sqnr_db=36.0))
     rows = [layer for layer in report.layers if layer.skipped_reason]
     assert [row.name for row in rows] == ["model.layers.0.self_attn.v_proj"]
     assert rows[0].skipped_reason == f"its weights keep {rows[0].sqnr_db:.1f} dB, less than quantize.min_sqnr_db=36"
@@ -90,11 +94,12 @@ def test_nothing_left_to_quantize_is_an_error(model):
 def test_weights_are_stored_as_codes_once(tmp_path, source):
     directory = built(tmp_path, source)
     stored = load_file(directory / "model.safetensors")
-    matrices = {name: tensor for name, tensor in stored.items() if tensor.dim() == 2}
+    matrices = {name: tensor for name, tensor in stored.items() if name.endswith(".weight") and tensor.dim() == 2}
     assert {tensor.dtype for tensor in matrices.values()} == {torch.int8}
-    assert "lm_head.weight" not in stored
-    assert stored["model.embed_tokens.weight_scale"].shape == (300,)
-    weights = sum(tensor.numel() for tensor in matrices.values())
+    assert not any(name.startswith("lm_head") for name in stored)
+    assert stored["model.embed_tokens.weight_scale"].shape == (300, 1)
+    weights = sum(tensor.nbytes for tensor in matrices.values())
+    assert weights == sum(p.numel() for p in load_candidate(source.path).parameters()) - 5 * 64
     scales = 4 * sum(tensor.shape[0] for tensor in matrices.values())
     norms = 4 * 5 * 64
     header = (directory / "model.safetensors").stat().st_size - weights - scales - norms
@@ -104,7 +109,7 @@ def test_weights_are_stored_as_codes_once(tmp_path, source):
 def test_metrics_tell_sizes_and_layers(tmp_path, source):
     directory = tmp_path / "int8"
     directory.mkdir()
-    metrics = quantize.build(directory, QuantizeConfig(skip_modules=("*.o_proj",)), {"model": source})
+    metrics = quantize.build(directory, of(QuantizeConfig(skip_modules=("*.o_proj",))), {"model": source})
     assert metrics["bytes"] == (directory / "model.safetensors").stat().st_size
     assert metrics["source_bytes"] == (source.path / "model.safetensors").stat().st_size
     assert metrics["quantized_layers"] == 14

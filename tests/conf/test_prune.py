@@ -18,7 +18,7 @@ from flows.config.training import DistillConfig, TrainConfig
 from flows.model.arithmetic import parameter_count
 from flows.plan import plan
 
-HALF = PruneConfig(intermediate_size=344)
+HALF = PruneConfig(intermediate_size=352)
 
 
 def test_the_shape_of_every_candidate_is_known_before_it_is_made() -> None:

@@ -12,8 +12,9 @@ from flows.artifact import Artifact
 from flows.compression import quantize
 from flows.compression.candidate import load_candidate
 from flows.config import ConfigError
-from flows.config.compression import QualityConfig, QuantizeConfig
+from flows.config.compression import QualityConfig
 from flows.config.model import ModelConfig
+from flows.config.quantize import QuantizeConfig, QuantizingConfig
 from flows.data.packed import PackedDataset
 from flows.evaluation import quality
 from flows.evaluation.quality import measure_quality
@@ -112,7 +113,8 @@ def test_max_tokens_bounds_what_is_read(tmp_path, parents):
 
 def test_int8_is_measured_by_the_same_stage(tmp_path, parents):
     (tmp_path / "int8").mkdir()
-    quantize.build(tmp_path / "int8", QuantizeConfig(), {"model": parents["model"]})
+    config = QuantizingConfig(quantize=QuantizeConfig(), sequence_length=32)
+    quantize.build(tmp_path / "int8", config, {"model": parents["model"]})
     config = QualityConfig(max_tokens=320, sequence_length=LENGTH)
     floating = quality.build(tmp_path / "quality", config, parents)
     int8 = quality.build(tmp_path / "quality", config, {**parents, "model": artifact(tmp_path / "int8")})

@@ -15,8 +15,8 @@ from onnx import TensorProto, numpy_helper
 from flows.artifact import PROJECT_ROOT, Artifact
 from flows.compression import quantize
 from flows.compression.candidate import load_candidate
-from flows.config.compression import QuantizeConfig
 from flows.config.model import ModelConfig
+from flows.config.quantize import QuantizeConfig, QuantizingConfig
 from flows.export import program as program_stage
 from flows.export.parity import compare
 from flows.export.program import NextTokenScores
@@ -45,7 +45,8 @@ def candidates(tmp_path_factory) -> dict[str, Path]:
     save_decoder(root / "float", model.state_dict(), CONFIG, VOCAB, 128, 0)
     (root / "float" / "tokenizer.json").write_text('{"any": "tokenizer"}')
     (root / "int8").mkdir()
-    quantize.build(root / "int8", QuantizeConfig(), {"model": artifact(root / "float")})
+    config = QuantizingConfig(quantize=QuantizeConfig(), sequence_length=32)
+    quantize.build(root / "int8", config, {"model": artifact(root / "float")})
     return {kind: root / kind for kind in KINDS}
 
 

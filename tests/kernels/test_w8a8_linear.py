@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flows.compression.quantize import quantize_
 from flows.compression.quantized_linear import W8A8Linear
-from flows.config.compression import QuantizeConfig
+from flows.compression.quantizer import quantize_
 from flows.config.model import Kernels, ModelConfig
+from flows.config.quantize import QuantizeConfig
 from flows.model.decoder import Decoder, initialize
 from kernels import reference
 from kernels.dispatch import INTERPRETED, KernelError

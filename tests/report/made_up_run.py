@@ -15,8 +15,9 @@ import numpy as np
 
 from flows.artifact import Artifact
 from flows.compression.prune_weights import LayerSparsity
-from flows.compression.quantize import LayerReport
+from flows.compression.quantizer import LayerReport
 from flows.config import Config
+from flows.config.quantize import Scheme
 from flows.config.steps import StepConfig, StepKind
 from flows.data.cleaning import Dropped
 from flows.evaluation import gates
@@ -186,11 +187,17 @@ def _quantization_metrics(name: str) -> dict[str, Any]:
         skipped = layer == SKIPPED
         ratio = 24.31 if skipped else round(31 + 13 * math.sin(number) ** 2, 2)
         reason = "its weights keep 24.3 dB, less than quantize.min_sqnr_db=25" if skipped else None
-        layers.append(asdict(LayerReport(layer, (256, 688), ratio, reason)))
+        scheme = None if skipped else Scheme.w8a8
+        sensitivity = 0.001 * number if name == "student_int8" else None
+        layers.append(
+            asdict(LayerReport(layer, (256, 704), scheme, ratio, sensitivity=sensitivity, skipped_reason=reason))
+        )
     source_bytes = PROGRAM_BYTES[STEPS[name].source]
     return {
         "layers": layers,
         "quantized_layers": len(layers) - 1,
+        "schemes": {"w8a8": len(layers) - 1, "floating point": 1},
+        "calibration": {"sequences": 64, "tokens": 16_384, "digest": "ab" * 32} if name == "student_int8" else None,
         "bytes": PROGRAM_BYTES[name],
         "source_bytes": source_bytes,
     }
@@ -199,7 +206,7 @@ def _quantization_metrics(name: str) -> dict[str, Any]:
 def _pruning_metrics(config: Config, name: str) -> dict[str, Any]:
     before, after = config.model, config.shapes()[name]
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    layers = [LayerSparsity("model.layers.0.mlp.up_proj", (688, 256), 0.53, None)]
+    layers = [LayerSparsity("model.layers.0.mlp.up_proj", (704, 256), 0.53, None)]
     layers += [LayerSparsity("lm_head", (4096, 256), 0.0, "every token meets it")]
     falling = [round(1 - 0.04 * place, 3) for place in range(20)]
     return {

@@ -148,6 +148,10 @@ def test_shows_data_quantization_proof_and_settings(html: str, run: dict[str, Ar
     assert "duplicate 31 idlelib/__init__.py" in text
     assert SKIPPED in text
     assert "24.3 dB its weights keep 24.3 dB, less than quantize.min_sqnr_db=25" in text
+    assert "29 of 30 layers quantized (29 in w8a8, 1 in floating point), codes by nearest" in text
+    assert "codes by nearest on 16,384 tokens of 64 training sequences (sha256 abababababab)" in text
+    assert "sensitivity-student_int8-29" in html
+    assert "sensitivity-base_int8-0" not in html
     assert "scores 288 of 288" in text
     assert "publish.model_name tiny" in text
     assert "torch 2.12.1, 2.13.0" in text, "the base model was made with another version"

@@ -6,6 +6,7 @@ import pytest
 
 from flows.config import Config, to_plain
 from flows.config.data import CorpusConfig, DataConfig, Source
+from flows.config.quantize import QuantizeConfig, Scheme
 from flows.report import tables
 from flows.report.lineage import Drawing, draw_lineage
 from flows.report.number_format import count, duration, significant, size
@@ -41,7 +42,7 @@ def test_numbers_as_people_read_them(function: object, value: float, text: str) 
 
 
 def layer(name: str, sqnr_db: float, skipped_reason: str | None = None) -> dict[str, object]:
-    return {"name": name, "sqnr_db": sqnr_db, "skipped_reason": skipped_reason}
+    return {"name": name, "scheme": Scheme.w8a8, "sqnr_db": sqnr_db, "skipped_reason": skipped_reason}
 
 
 def test_layers_of_blocks_share_a_grid_and_others_have_their_own() -> None:
@@ -52,7 +53,7 @@ def test_layers_of_blocks_share_a_grid_and_others_have_their_own() -> None:
         layer("model.layers.1.self_attn.q_proj", 35.0),
         layer("model.layers.0.self_attn.q_proj", 12.0, "matches a pattern"),
     ]
-    blocks, others = tables.layer_grids(layers, min_sqnr_db=25.0)
+    blocks, others = tables.layer_grids(layers, QuantizeConfig())
     assert blocks.columns == ["up_proj", "q_proj"]
     assert blocks.rows["model.layers.0"][1] is None, "a skipped layer has no cell"
     assert [cell and (cell.value, cell.heat) for cell in blocks.rows["model.layers.1"]] == [(25.0, 1.0), (35.0, 0.5)]

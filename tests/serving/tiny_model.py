@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from flows.artifact import Artifact, _content_digest, _digest_files
 from flows.config.model import Kernels, ModelConfig
+from flows.config.serving import CacheDtype, GenerationConfig
 from flows.export import generation, program
 from flows.model.checkpoint import save_decoder
 from flows.model.decoder import Decoder, initialize
@@ -67,9 +68,9 @@ def make_program(directory: Path, checkpoint: Path) -> Path:
     return directory
 
 
-def make_generation(directory: Path, checkpoint: Path) -> Path:
+def make_generation(directory: Path, checkpoint: Path, cache_dtype: CacheDtype = CacheDtype.float32) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
-    generation.build(directory, None, {"model": artifact("model", checkpoint)})
+    generation.build(directory, GenerationConfig(cache_dtype=cache_dtype), {"model": artifact("model", checkpoint)})
     return directory
 
 

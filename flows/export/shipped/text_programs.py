@@ -6,6 +6,7 @@ Shape letters: B rows, S new tokens of a row, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from .onnx_session import open_session
 from .pages import PagePool
 
 Scores = npt.NDArray[np.float32]
+DTYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+"""Of keys and values, and the steps of INT8 ones, by what onnxruntime calls them."""
 
 
 class Text(Protocol):
@@ -65,14 +68,17 @@ class PagedProgram:
 
     def __init__(self, path: Path, threads: int, cache_bytes: int) -> None:
         self.session = open_session(path, threads)
-        names = [one.name for one in self.session.get_inputs()]
-        self.page_inputs = [name for name in names if "_pages_" in name]
-        page_tokens, heads, width = self.session.get_inputs()[-1].shape[1:]
-        page_bytes = 4 * len(self.page_inputs) * page_tokens * heads * width
+        inputs = [one for one in self.session.get_inputs() if "_pages_" in one.name]
+        self.outputs = [one.name for one in self.session.get_outputs()]  # scores, then what is kept of new tokens
+        page_bytes = sum(math.prod(one.shape[1:]) * np.dtype(DTYPES[one.type]).itemsize for one in inputs)
+        page_tokens: int = inputs[0].shape[1]
         num_pages = max(1, cache_bytes // page_bytes)
         self.pool = PagePool(num_pages, page_tokens)
-        # all layers' keys, then all layers' values; memory is taken when a page is first written
-        self.pages = np.zeros((len(self.page_inputs), num_pages, page_tokens, heads, width), np.float32)
+        layers = len(inputs) // len(self.outputs[1:])
+        # of each kind of what is kept, all layers; memory is taken when a page is first written
+        self.pages = [np.zeros((layers, num_pages, *one.shape[1:]), DTYPES[one.type]) for one in inputs[::layers]]
+        pools = [pool for kind in self.pages for pool in kind]
+        self.page_inputs = dict(zip([one.name for one in inputs], pools, strict=True))
         self.vocab_size: int = self.session.get_outputs()[0].shape[1]
 
     @property
@@ -103,18 +109,17 @@ class PagedProgram:
             "new_lengths": new,
             "past_lengths": past,
             "page_table": table,
-            **dict(zip(self.page_inputs, self.pages, strict=True)),
+            **self.page_inputs,
         }
-        scores, keys, values = self.session.run(["logits", "new_keys", "new_values"], inputs)
+        scores, *kept = self.session.run(self.outputs, inputs)
         rows = np.repeat(np.arange(len(texts)), new)
         steps = np.concatenate([np.arange(count) for count in counts])
         places = past[rows] + steps
         page = np.array(
             [texts[row].pages[place] for row, place in zip(rows, places // self.pool.page_tokens, strict=True)]
         )
-        layers = len(self.page_inputs) // 2
-        self.pages[:layers, page, places % self.pool.page_tokens] = keys[:, rows, steps]
-        self.pages[layers:, page, places % self.pool.page_tokens] = values[:, rows, steps]
+        for pages, of_new_tokens in zip(self.pages, kept, strict=True):
+            pages[:, page, places % self.pool.page_tokens] = of_new_tokens[:, rows, steps]
         for text, count in zip(texts, counts, strict=True):
             before = text.computed
             text.computed += count
