@@ -118,8 +118,8 @@ class PagedProgram:
         page = np.array(
             [texts[row].pages[place] for row, place in zip(rows, places // self.pool.page_tokens, strict=True)]
         )
-        for pages, of_new_tokens in zip(self.pages, kept, strict=True):
-            pages[:, page, places % self.pool.page_tokens] = of_new_tokens[:, rows, steps]
+        for pool, of_new_tokens in zip(self.pages, kept, strict=True):
+            pool[:, page, places % self.pool.page_tokens] = of_new_tokens[:, rows, steps]
         for text, count in zip(texts, counts, strict=True):
             before = text.computed
             text.computed += count
