@@ -30,7 +30,7 @@ def plan(config: Config) -> None:
     vocab_size, train_tokens = _data(config)
     shapes = config.shapes()
     for name, run in config.training_runs().items():
-        teacher = shapes[config.steps[name].source] if name in config.steps else None
+        teacher = shapes[config.steps[name].source] if run.runs_teacher else None
         print(render_plan(name, make_plan(run, vocab_size, hardware, config.plan, teacher, train_tokens)))
     if train_tokens is None:
         print("The data has not been encoded yet: epochs are not known, and the vocabulary is the one asked for.")
