@@ -41,7 +41,7 @@ def named_parts(engine: DeepSpeedEngine) -> dict[str, nn.Parameter]:
 
 
 def named_projections(engine: DeepSpeedEngine) -> dict[str, nn.Parameter]:
-    """What is trained beside the model and is no part of it: checkpoints hold it, what is read as the model does not."""
+    """What is trained beside the model and is no part of it: in checkpoints, and not in what is saved as the model."""
     features = None if isinstance(engine, PipelineEngine) else engine.module.features
     return {} if features is None else {f"features.{name}": weight for name, weight in features.named_parameters()}
 
