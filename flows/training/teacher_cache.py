@@ -31,16 +31,16 @@ from flows.artifact import Artifact, digest_file, write_json_atomically
 from flows.config import RunError
 from flows.config.checks import require
 from flows.config.distillation import CacheRun
-from flows.config.engine import Device, Precision
+from flows.config.engine import Device
 from flows.config.model import Kernels
 from flows.data.mixture import open_split
 from flows.data.packed import Sequences
-from flows.model.arithmetic import forward_flops_per_token
 from flows.model.checkpoint import WEIGHTS, load_decoder
 from flows.model.decoder import Decoder
 from flows.training.batches import to_batch
 from flows.training.cache_records import RecordLayout, pack_records
 from flows.training.hardware import this_machine
+from flows.training.lesson_plan import plan_cache
 
 INDEX, SEQUENCES = "index.json", "sequences.npy"
 SHARD_BYTES = 2**26
@@ -226,18 +226,10 @@ def _write_shard(
 
 def _plan(teacher: Decoder, config: CacheRun, rows: int, layout: RecordLayout) -> dict[str, float | None]:
     """Logs size and time; the time is None where this machine's peak is not known."""
-    tokens = rows * config.sequence_length
-    flops = tokens * forward_flops_per_token(teacher.config, teacher.vocab_size, config.sequence_length)
     hardware = this_machine(Device.auto)
-    seconds = None if hardware is None else flops / (hardware.peak_flops(Precision.fp32) * hardware.typical_mfu)
-    logger.info(
-        "teacher cache: %s tokens, %d bytes each, %.1f MB in all; %s",
-        f"{tokens:,}",
-        layout.record_bytes,
-        tokens * layout.record_bytes / 1e6,
-        "time is not known on this GPU" if seconds is None else f"about {seconds:.0f} s",
-    )
-    return {"bytes": tokens * layout.record_bytes, "seconds": seconds}
+    plan = plan_cache(teacher.config, layout, rows * config.sequence_length, config.sequence_length, hardware)
+    logger.info("teacher cache: %s", plan.in_words())
+    return {"bytes": plan.num_bytes, "seconds": plan.seconds}
 
 
 def _require_room(directory: Path, config: CacheRun, size: int) -> None:

@@ -21,21 +21,19 @@ from tqdm import tqdm
 
 from flows.artifact import Artifact, write_json_atomically
 from flows.config.distillation import TextRun
-from flows.config.engine import Device, Precision
+from flows.config.engine import Device
 from flows.config.model import Kernels
 from flows.data.encode import INDEX
 from flows.data.mixture import open_split
 from flows.data.packed import Sequences, read_index
-from flows.model.arithmetic import forward_flops_per_token
 from flows.model.checkpoint import load_decoder
 from flows.model.continuation import continue_rows, text_starts
 from flows.model.decoder import Decoder
 from flows.training.batches import to_batch
 from flows.training.hardware import this_machine
+from flows.training.lesson_plan import AT_ONCE, plan_text
 from flows.training.teacher_cache import require_same_tokenizer
 
-AT_ONCE = 64
-"""Texts that are written together."""
 SHARD_TEXTS = 4096
 
 logger = logging.getLogger(__name__)
@@ -142,14 +140,5 @@ def _write(path: Path, values: NDArray[Any]) -> None:
 
 
 def _log_plan(teacher: Decoder, config: TextRun) -> None:
-    length = config.generation.prompt_tokens + config.generation.new_tokens
-    flops = config.sequences * length * forward_flops_per_token(teacher.config, teacher.vocab_size, length)
-    hardware = this_machine(Device.auto)
-    time = "time is not known on this GPU"
-    if hardware is not None:
-        weights_bytes = 4 * sum(parameter.numel() for parameter in teacher.parameters())
-        rounds = -(-config.sequences // AT_ONCE) * config.generation.new_tokens
-        reading_s = rounds * weights_bytes / hardware.bytes_per_s
-        seconds = flops / (hardware.peak_flops(Precision.fp32) * hardware.typical_mfu) + reading_s
-        time = f"about {seconds:.0f} s"
-    logger.info("teacher's text: %d texts of up to %d tokens; %s", config.sequences, length, time)
+    plan = plan_text(teacher.config, teacher.vocab_size, config, this_machine(Device.auto))
+    logger.info("teacher's text: %s", plan.in_words())

@@ -97,7 +97,7 @@ def test_the_teacher_goes_on_from_the_beginnings_of_training_sequences(
         written = continue_rows(model, prompt, torch.zeros(1).long(), WRITING, torch.tensor([64 + place]))[0].tolist()
         written = written[: written.index(0) + 1] if 0 in written else written
         assert ids[first + given : last].tolist() == written
-    monkeypatch.setattr(teacher_text, "AT_ONCE", 16)
+    monkeypatch.setattr(teacher_text, "AT_ONCE", 16)  # how many at once does not matter
     assert text_of(tmp_path / "again", data, teacher).digest == text.digest
 
 
