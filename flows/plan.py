@@ -4,8 +4,9 @@
     python -m flows.plan model=decoder_125m engine=zero1_bf16 launcher.num_ranks=8 plan.hardware=h100
     python -m flows.plan +experiment=quickstart plan.hardware=l4 plan.price_per_device_hour=0.8
 
-One table for each model that is trained, a line for each cache or text that a teacher leaves its students. Peaks of GPUs are those of their data sheets, this machine's processor is
-measured for half a second. The report of a run compares its plan with what was measured.
+One table for each model that is trained, a line for each cache or text that a teacher leaves its students. Peaks of
+GPUs are those of their data sheets, this machine's processor is measured for half a second. The report of a run
+compares its plan with what was measured.
 """
 
 from __future__ import annotations

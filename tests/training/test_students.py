@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flows.artifact import Artifact, ArtifactStore, Stage
-from flows.config.distillation import GenerationConfig, TextRun
+from flows.config.distillation import GenerationConfig, HiddenConfig, TextRun
 from flows.config.optimizer import OptimizerConfig
 from flows.config.training import Objective, TrainingRun
 from flows.data.mixture import open_split
@@ -27,6 +27,7 @@ from flows.training.batches import Batch
 from flows.training.on_policy import own_batch, students_turn
 from flows.training.receipts import verify_receipts
 from tests.training.conftest import SEQUENCE_LENGTH, TINY, VOCAB_SIZE
+from tests.training.interruption import interrupted
 
 DEEP = replace(TINY, num_hidden_layers=4, initializer_range=0.3)
 WRITING = GenerationConfig(prompt_tokens=6, new_tokens=8)
@@ -172,3 +173,20 @@ def test_a_student_is_taught_on_its_own_text_alike_on_one_rank_and_two(
     shared = trained(distilled(tiny_run(max_steps=6, ranks=2), **settings), store="shared", teacher=teacher)
     # a draw may fall the other way where scores are rounded otherwise; with this seed none does
     assert losses(shared) == pytest.approx(losses(own), abs=3e-6)
+
+
+@pytest.mark.exhaustive
+def test_projections_go_on_where_a_run_was_stopped(
+    trained: Callable[..., Artifact],
+    tiny_run: Callable[..., TrainingRun],
+    losses: Callable[[Artifact], list[float]],
+    teacher: Artifact,
+    tmp_path: Path,
+) -> None:
+    narrow, base = replace(TINY, hidden_size=16), tiny_run(max_steps=160, checkpoint_interval_steps=20)
+    settings = {"on_policy_share": 0.2, "generation": WRITING, "model": narrow}
+    run = distilled(base, hidden=HiddenConfig(weight=1.0), **settings)
+    interrupted(lambda: trained(run, teacher=teacher), tmp_path / "store", "step-00000040")
+    resumed = trained(run, teacher=teacher)
+    assert resumed.metrics["resumed_from_step"] >= 40
+    assert losses(resumed) == losses(trained(run, store="whole", teacher=teacher))
