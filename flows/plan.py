@@ -18,10 +18,10 @@ from flows.chain import run_chain
 from flows.compose import run_cli
 from flows.config import Config
 from flows.config.students import teacher_caches, teacher_texts
-from flows.training.cache_records import RecordLayout
 from flows.training.hardware import find_hardware
 from flows.training.lesson_plan import plan_cache, plan_text
 from flows.training.plan import make_plan, render_plan
+from flows.training.record_layout import RecordLayout
 
 
 class _EnoughError(Exception):

@@ -1,55 +1,20 @@
-"""The record that a teacher cache keeps of one token: the K likeliest next tokens, and the rest in four numbers.
+"""Records of a teacher cache, laid out as in `flows.training.record_layout`, and what they say at any temperature.
 
-A record is a run of bytes, little-endian, K of V tokens kept:
+Softened by a temperature T, probabilities are in proportion to p^(1/T). Of the kept tokens those follow from the record
+at any T. Of the others together, f(s) = log sum p^s at s = 1/T is needed, which is convex in s and known at five
+points: f(0) = log(V - K), and the four that are kept. Between them it is the quartic through all five, held within the
+bounds that convexity gives, `tail_bounds`. At T = 1, 4/3, 2 and 4 it is exact.
 
-| bytes | what |
-|---|---|
-| ceil(K b / 8) | token ids, likeliest first, b = ceil(log2 V) bits each, end to end, lowest bit first |
-| 2 K | their log-probabilities at temperature 1, float16 |
-| 8 | logarithm of the sum of p^(1/4), p^(2/4), p^(3/4) and p over all other tokens, float16 |
-
-A distribution softened by temperature T has probabilities in proportion to p^(1/T). Of the kept tokens those follow
-from the record at any T; of the others together, f(s) = log sum p^s at s = 1/T is needed, which is convex in s and
-known at five points: f(0) = log(V - K), and the four that are kept. Between them it is the quartic through all five,
-held within the bounds that convexity gives, `tail_bounds`. At T = 1, 4/3, 2 and 4 it is exact.
-
-Rounding: float16 keeps 11 bits, so that each log-probability is off by at most |log p| / 2048. Distributions are
-normalized again when they are read. Shape letters: N tokens, K kept, V vocabulary, R bytes of a record.
+Shape letters: N tokens, K kept, V vocabulary, R bytes of a record.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-POWERS = (0.25, 0.5, 0.75, 1.0)
-"""Powers of the other tokens' probabilities whose sums are kept."""
-
-
-@dataclass(frozen=True)
-class RecordLayout:
-    """Where what lies in a record."""
-
-    top_k: int
-    vocab_size: int
-
-    @property
-    def id_bits(self) -> int:
-        """Bits of a token id."""
-        return max(1, (self.vocab_size - 1).bit_length())
-
-    @property
-    def id_bytes(self) -> int:
-        """Bytes of all ids of a record."""
-        return -(-self.top_k * self.id_bits // 8)
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of a record."""
-        return self.id_bytes + 2 * self.top_k + 2 * len(POWERS)
+from flows.training.record_layout import POWERS, RecordLayout
 
 
 def pack_records(layout: RecordLayout, scores_NV: Tensor) -> Tensor:
@@ -57,8 +22,14 @@ def pack_records(layout: RecordLayout, scores_NV: Tensor) -> Tensor:
     wide = torch.promote_types(scores_NV.dtype, torch.float32)
     log_p = torch.log_softmax(scores_NV.to(wide), -1)
     log_probs, ids = log_p.topk(layout.top_k)
-    others = log_p.scatter(1, ids, -torch.inf)
-    tails = torch.stack([torch.logsumexp(power * others, -1) for power in POWERS], -1)
+    others = log_p.scatter_(1, ids, -torch.inf)
+    largest = others.amax(-1)
+    root = others.sub_(largest[:, None]).div_(len(POWERS)).exp_()  # one exponential; the powers are its products
+    raised, sums = root, []
+    for power in POWERS:
+        sums.append(raised.sum(-1).log() + power * largest)
+        raised = raised * root
+    tails = torch.stack(sums, -1)
     bits = ids.cpu().numpy()[:, :, None] >> np.arange(layout.id_bits) & 1
     packed = np.packbits(bits.reshape(len(ids), -1).astype(np.uint8), axis=1, bitorder="little")
     halves = torch.cat((log_probs, tails), -1).cpu().numpy().astype("<f2").view(np.uint8)

@@ -8,12 +8,15 @@ from flows.config.distillation import TextRun
 from flows.config.engine import Precision
 from flows.config.model import ModelConfig
 from flows.model.arithmetic import forward_flops_per_token, parameter_count
-from flows.training.cache_records import RecordLayout
 from flows.training.hardware import Hardware
+from flows.training.record_layout import RecordLayout
 
 AT_ONCE = 64
 """Texts that are written together."""
 FP32_BYTES = 4
+PASSES = 24
+"""Over a token's scores, to normalize them, find the likeliest and add up the others' powers: counted, one for each
+array that is read or written."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,10 @@ def plan_cache(
         hardware: What computes; None where its peak is not known.
     """
     flops = tokens * forward_flops_per_token(teacher, layout.vocab_size, sequence_length)
-    return LessonPlan(tokens, tokens * layout.record_bytes, _seconds(flops, hardware))
+    seconds = _seconds(flops, hardware)
+    if seconds is not None and hardware is not None:
+        seconds += tokens * PASSES * FP32_BYTES * layout.vocab_size / hardware.bytes_per_s
+    return LessonPlan(tokens, tokens * layout.record_bytes, seconds)
 
 
 def plan_text(teacher: ModelConfig, vocab_size: int, config: TextRun, hardware: Hardware | None) -> LessonPlan:

@@ -15,8 +15,9 @@ from torch import nn
 
 from flows.config.distillation import Divergence
 from flows.model.decoder import Decoder, OutputHead
-from flows.training.cache_records import RecordLayout, unpack_records
+from flows.training.cache_records import unpack_records
 from flows.training.features import Features
+from flows.training.record_layout import RecordLayout
 from kernels import reference
 from kernels.cross_entropy import cross_entropy as cross_entropy_of_scores
 from kernels.linear_cross_entropy import linear_cross_entropy

@@ -1,4 +1,4 @@
-"""Stage: what a teacher expects at each training token, kept for all its students: see `flows.training.cache_records`.
+"""Stage: what a teacher expects at each training token, kept for all its students: see `flows.training.record_layout`.
 
 The artifact holds, besides `index.json`:
 
@@ -38,9 +38,10 @@ from flows.data.packed import Sequences
 from flows.model.checkpoint import WEIGHTS, load_decoder
 from flows.model.decoder import Decoder
 from flows.training.batches import to_batch
-from flows.training.cache_records import RecordLayout, pack_records
+from flows.training.cache_records import pack_records
 from flows.training.hardware import this_machine
 from flows.training.lesson_plan import plan_cache
+from flows.training.record_layout import RecordLayout
 
 INDEX, SEQUENCES = "index.json", "sequences.npy"
 SHARD_BYTES = 2**26

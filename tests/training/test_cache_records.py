@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from flows.config.distillation import Divergence
-from flows.training.cache_records import RecordLayout, pack_records, softened_tail, tail_bounds, unpack_records
+from flows.training.cache_records import pack_records, softened_tail, tail_bounds, unpack_records
 from flows.training.objectives import CachedDistillation
+from flows.training.record_layout import RecordLayout
 from kernels import reference
 
 HALF_ROUNDING = 2.0**-11
