@@ -67,6 +67,7 @@ def train(job: TrainingJob) -> None:
     held_out_dir = job.validation_dir or job.tokens_dir
     validation = open_split(held_out_dir, "validation", run.sequence_length, run.document_masks, run.mixture)
     cache = None if job.cache_dir is None else TeacherCache(job.cache_dir)
+    read_records = None if cache is None else cache.records
     model = _initial_model(job, index["vocab_size"])
     counts = count_weights(model)
     engine = build_engine(with_loss(model, job, cache), run)
@@ -89,7 +90,7 @@ def train(job: TrainingJob) -> None:
         torch.manual_seed(hash((run.seed, state.step, dist.get_rank())))  # a resumed run drops what others would
         with checkpoints.finished_on_error(), meter.step(), profile.step(state.step):
             with meter.loading():
-                batches = micro_batches(dataset, run, state.step, engine.device, cache and cache.records)
+                batches = micro_batches(dataset, run, state.step, engine.device, read_records)
             if run.on_policy_share > 0:
                 batches = taught_batches(engine, batches, run, state.step, index["eos_token_id"])
             loss = train_step(engine, batches, state.step)

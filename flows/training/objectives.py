@@ -196,12 +196,23 @@ class CachedDistillation:
         """From scores []."""
         students, targets = logits_BLV.flatten(0, 1), targets_BL.flatten()
         teacher = self._teacher()
-        knobs = self._divergence.value, self._beta, self._temperature, self._alpha
         losses = []
         for first in range(0, len(targets), CHUNK_TOKENS):
             part = slice(first, first + CHUNK_TOKENS)
-            kept = teacher.indices[part], teacher.log_probs[part], teacher.tail_log_mass[part]
-            losses.append(reference.cached_distillation(students[part], targets[part], *kept, *knobs))
+            kept = CachedTeacher(*(one[part] for one in teacher))
+            losses.append(
+                reference.cached_distillation(
+                    students[part],
+                    targets[part],
+                    kept.indices,
+                    kept.log_probs,
+                    kept.tail_log_mass,
+                    self._divergence.value,
+                    self._beta,
+                    self._temperature,
+                    self._alpha,
+                )
+            )
         return torch.cat(losses).sum()
 
     def from_hidden(

@@ -163,8 +163,6 @@ def test_every_zero_stage_trains_the_same_and_saves_no_projection(
     run = tiny_run(engine=EngineConfig(zero_stage=stage), ranks=ranks)
     shared = trained(mimicking(run, **terms), store="shared", teacher=wide)
     assert losses(shared) == pytest.approx(losses(alone), abs=3e-6)  # the bound of the parity tests
-    without = trained(mimicking(tiny_run(), hidden=HiddenConfig()), store="without", teacher=wide)
-    assert losses(without)[0] < losses(alone)[0]
     with safe_open(shared.path / "model.safetensors", "pt") as file, torch.device("meta"):
         names = set(file.keys())
         assert names == {name for name, _ in Decoder(TINY, VOCAB_SIZE).named_parameters()}

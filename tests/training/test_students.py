@@ -58,6 +58,7 @@ def test_a_student_begins_as_the_teacher_s_layers_bit_for_bit(teacher: Artifact)
     assert student.lm_head.weight is student.model.embed_tokens.weight
 
 
+@pytest.mark.exhaustive
 def test_training_begins_with_them(
     trained: Callable[..., Artifact], tiny_run: Callable[..., TrainingRun], teacher: Artifact
 ) -> None:
@@ -102,6 +103,7 @@ def test_the_teacher_goes_on_from_the_beginnings_of_training_sequences(
     assert text_of(tmp_path / "again", data, teacher).digest == text.digest
 
 
+@pytest.mark.exhaustive
 def test_a_student_of_that_text_learns_it_and_is_evaluated_on_the_corpus(
     trained: Callable[..., Artifact],
     tiny_run: Callable[..., TrainingRun],

@@ -52,7 +52,7 @@ def cached(tmp_path: Path, data: dict[str, Artifact], teacher: Artifact) -> Call
     return make
 
 
-@pytest.mark.parametrize("document_masks", [False, True])
+@pytest.mark.parametrize("document_masks", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_it_holds_what_the_teacher_expects_at_each_token(
     data: dict[str, Artifact], teacher: Artifact, cached: Callable[..., Artifact], document_masks: bool
 ) -> None:
@@ -189,7 +189,7 @@ def test_without_weight_the_teacher_is_not_even_loaded(
     teacher: Artifact,
     tmp_path: Path,
 ) -> None:
-    run = replace(tiny_run(max_steps=3), objective=Objective.distillation, alpha=0.0)
+    run = replace(tiny_run(max_steps=2), objective=Objective.distillation, alpha=0.0)
     plain = losses(trained(replace(run, objective=Objective.cross_entropy)))
     copy = tmp_path / "copy"
     shutil.copytree(teacher.path, copy)
