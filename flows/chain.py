@@ -6,7 +6,7 @@ orchestration benchmark) or does not run at all (`flows.explain`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from flows.artifact import Artifact, Stage
@@ -14,6 +14,7 @@ from flows.config import Config
 from flows.config.data import corpus_role
 from flows.config.model import Architecture
 from flows.config.steps import BASE, StepKind
+from flows.config.students import reads_teacher_text, teacher_caches, teacher_texts
 
 RunStage = Callable[[Stage], Artifact]
 
@@ -47,14 +48,15 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
 
     runs = config.training_runs()
     models = {BASE: run(Stage(BASE, "flows.training.stage", runs[BASE], data))}
+    lessons: dict[str, Artifact] = {}
     for name, step in config.steps.items():
         source = models[step.source]
         match step.kind:
             case StepKind.distill:
                 start = {"start": models[step.start]} if step.start else {}
-                models[name] = run(
-                    Stage(name, "flows.training.stage", runs[name], {**data, "teacher": source, **start})
-                )
+                left = _left_by_teacher(config, name, {**data, "teacher": source}, lessons, run)
+                parents = {**data, "teacher": source, **start, **left}
+                models[name] = run(Stage(name, "flows.training.stage", runs[name], parents))
             case StepKind.prune:
                 parents = {"model": source, "tokens": tokens}
                 models[name] = run(Stage(name, "flows.compression.prune", config.pruning(name), parents))
@@ -96,3 +98,32 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
     everything |= {"entry": entry, "passport": passport, "publish": published}
     report = run(Stage("report", "flows.report.stage", config, everything))
     return ChainResult(gates, report, passport, published)
+
+
+def _left_by_teacher(
+    config: Config, name: str, made_from: Mapping[str, Artifact], lessons: dict[str, Artifact], run: RunStage
+) -> dict[str, Artifact]:
+    """What a student's teacher leaves it before it trains, by role: its cache, its text; made once for all students.
+
+    Args:
+        config: The run.
+        name: The student's.
+        made_from: Teacher and data.
+        lessons: What teachers have left before, by stage; added to.
+        run: As in `run_chain`.
+    """
+    teacher = config.steps[name].source
+    left: dict[str, Artifact] = {}
+    if config.training_runs()[name].cache_top_k:
+        stage = f"{teacher}_teacher_cache"
+        if stage not in lessons:
+            section = teacher_caches(config)[teacher]
+            lessons[stage] = run(Stage(stage, "flows.training.teacher_cache", section, made_from))
+        left["cache"] = lessons[stage]
+    if reads_teacher_text(config, name):
+        stage = f"{teacher}_teacher_text"
+        if stage not in lessons:
+            written = teacher_texts(config)[teacher]
+            lessons[stage] = run(Stage(stage, "flows.training.teacher_text", written, made_from))
+        left |= {"tokens": lessons[stage], "validation": made_from["tokens"]}
+    return left

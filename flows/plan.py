@@ -4,8 +4,9 @@
     python -m flows.plan model=decoder_125m engine=zero1_bf16 launcher.num_ranks=8 plan.hardware=h100
     python -m flows.plan +experiment=quickstart plan.hardware=l4 plan.price_per_device_hour=0.8
 
-One table for each model that is trained. Peaks of GPUs are those of their data sheets, this machine's processor is
-measured for half a second. The report of a run compares its plan with what was measured.
+One table for each model that is trained, a line for each cache or text that a teacher leaves its students. Peaks of
+GPUs are those of their data sheets, this machine's processor is measured for half a second. The report of a run
+compares its plan with what was measured.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from flows.artifact import Artifact, ArtifactStore, Stage, read_manifest
 from flows.chain import run_chain
 from flows.compose import run_cli
 from flows.config import Config
+from flows.config.students import teacher_caches, teacher_texts
 from flows.training.hardware import find_hardware
+from flows.training.lesson_plan import plan_cache, plan_text
 from flows.training.plan import make_plan, render_plan
+from flows.training.record_layout import RecordLayout
 
 
 class _EnoughError(Exception):
@@ -30,8 +34,16 @@ def plan(config: Config) -> None:
     vocab_size, train_tokens = _data(config)
     shapes = config.shapes()
     for name, run in config.training_runs().items():
-        teacher = shapes[config.steps[name].source] if name in config.steps else None
+        teacher = shapes[config.steps[name].source] if run.runs_teacher else None
         print(render_plan(name, make_plan(run, vocab_size, hardware, config.plan, teacher, train_tokens)))
+    for teacher_name, cache in teacher_caches(config).items():
+        layout = RecordLayout(cache.top_k, vocab_size)
+        most = cache.sequences if train_tokens is None else min(cache.sequences, train_tokens // cache.sequence_length)
+        tokens = most * cache.sequence_length
+        planned = plan_cache(shapes[teacher_name], layout, tokens, cache.sequence_length, hardware)
+        print(f"teacher cache of {teacher_name}: {planned.in_words()}")
+    for teacher_name, text in teacher_texts(config).items():
+        print(f"text of {teacher_name}: {plan_text(shapes[teacher_name], vocab_size, text, hardware).in_words()}")
     if train_tokens is None:
         print("The data has not been encoded yet: epochs are not known, and the vocabulary is the one asked for.")
 

@@ -8,7 +8,7 @@ from flows.config.engine import Device, Precision
 from flows.config.launcher import LauncherKind
 from flows.config.model import Architecture, Kernels
 from flows.config.training import TrainingRun
-from flows.data.adopted_tokenizer import check_tokenizer
+from flows.data.adopted_tokenizer import check_tokenizer, check_tokens_of
 from flows.data.sources import check_sources
 from flows.launcher.check import check_launcher
 from flows.serving.installation import check_server_available
@@ -26,6 +26,8 @@ def check(config: Config) -> None:
     for run in config.training_runs().values():
         deepspeed_config(run)
         _check_weights(run)
+        if run.model.initial_weights is not None and config.data.tokenizer.directory is not None:
+            check_tokens_of(run.model.initial_weights, config.data.tokenizer.directory, run.model_section)
         _check_device(run)
     check_launcher(config.launcher)
     check_server_available()

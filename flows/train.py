@@ -5,10 +5,10 @@
     python -m flows.train data=files data.corpus.paths=[corpus/**/*.txt] model=decoder_125m engine=zero1_bf16
     python -m flows.train +experiment=quickstart --multirun seed=0,1,2
 
-Stages: corpus, tokenizer, tokens -> base -> student -> INT8 of each -> program, quality and latency of every candidate
--> gates -> model repository entry -> passport (served compared with trained) -> publish -> report. Each one leaves a
-content-addressed artifact and is skipped while that artifact verifies; an interrupted run carries on with the same
-command. `python -m flows.explain` with the same words says what would run and why.
+Stages: corpus, tokenizer, tokens -> base -> cache or text of a teacher -> student -> INT8 of each -> program, quality
+and latency of every candidate -> gates -> model repository entry -> passport (served compared with trained) -> publish
+-> report. Each one leaves a content-addressed artifact and is skipped while that artifact verifies; an interrupted run
+carries on with the same command. `python -m flows.explain` with the same words says what would run and why.
 
 Ctrl-C and a cancelled Prefect run end at once. SIGTERM while a model trains (preemption) saves a checkpoint first: the
 command ends with exit code 75, a run of a Prefect deployment is scheduled again.

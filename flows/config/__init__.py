@@ -8,6 +8,7 @@ from pathlib import Path
 from flows.config.checks import ConfigError, RunError, require
 from flows.config.compression import EvaluateConfig, GatingConfig, QualityConfig
 from flows.config.data import DataConfig
+from flows.config.distillation import check_against_teacher
 from flows.config.engine import EngineConfig
 from flows.config.hardware import PlanConfig
 from flows.config.json_form import flat_settings, from_json, from_plain, to_json, to_plain, with_settings
@@ -29,6 +30,7 @@ from flows.config.serving import (
     VerifyConfig,
 )
 from flows.config.steps import BASE, StepConfig, StepKind, check_steps
+from flows.config.students import check_students, student_shape
 from flows.config.tracking import TrackingConfig
 from flows.config.training import DistillConfig, Objective, TrainConfig, TrainingRun
 from flows.config.tuning import TuneConfig
@@ -133,6 +135,7 @@ class Config:
         for name in self.steps:
             self.step_settings(name)
         self.training_runs()
+        check_students(self)
         self.passport()
 
     @property
@@ -157,7 +160,7 @@ class Config:
         for name, step in self.steps.items():
             match self.step_settings(name):
                 case DistillConfig() as distill:
-                    shapes[name] = shapes[step.start] if step.start else distill.student
+                    shapes[name] = student_shape(name, step, distill, shapes)
                 case PruneConfig() as prune:
                     shapes[name] = pruned_shape(shapes[step.source], prune, step.source)
                 case QuantizeConfig() as quantize:
@@ -172,7 +175,11 @@ class Config:
             settings = self.step_settings(name)
             if isinstance(settings, PruneConfig) and settings.sparsity:
                 sparse[name] = settings.pattern or f"{settings.sparsity:g}"
-            elif (source := step.start if step.kind == StepKind.distill else step.source) in sparse:
+                continue
+            source: str | None = step.source
+            if isinstance(settings, DistillConfig) and not (settings.student_layers or settings.student_every):
+                source = step.start
+            if source in sparse:
                 sparse[name] = sparse[source]
         return sparse
 
@@ -183,16 +190,25 @@ class Config:
         for name in self.trained_candidates[1:]:
             distill, start = self.step_settings(name), self.steps[name].start
             assert isinstance(distill, DistillConfig)
-            student = replace(shapes[name], initial_weights=None) if start else distill.student
+            teacher = shapes[self.steps[name].source]
+            layers = distill.layers_of(teacher.num_hidden_layers)
+            student = replace(shapes[name], initial_weights=None) if start or layers else distill.student
             runs[name] = replace(
                 self._training_run(Objective.distillation, student, distill.train),
                 temperature=distill.temperature,
                 alpha=distill.alpha,
                 divergence=distill.divergence,
                 jsd_beta=distill.jsd_beta,
+                cache_top_k=distill.cache.top_k,
+                hidden=distill.hidden,
+                relations=distill.relations,
+                on_policy_share=distill.on_policy_share,
+                generation=distill.generation,
+                student_layers=layers,
                 start=start,
                 keep_zeros=name in sparse,
             )
+            check_against_teacher(runs[name], teacher, self.steps[name].source)
         return runs
 
     def pruning(self, name: str) -> PruningConfig:

@@ -6,6 +6,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from flows.config.checks import require, require_fraction, require_positive
+from flows.config.distillation import (
+    CacheConfig,
+    Divergence,
+    GenerationConfig,
+    HiddenConfig,
+    RelationsConfig,
+    check_distillation,
+)
 from flows.config.engine import EngineConfig, Offload
 from flows.config.launcher import ELSEWHERE, LauncherConfig
 from flows.config.lora import LoraConfig
@@ -122,21 +130,9 @@ class TrainConfig:
         )
 
 
-class Divergence(StrEnum):
-    """How a student's distribution is held against its teacher's.
-
-    `forward_kl` is KL(teacher || student), which covers all that the teacher expects; `reverse_kl` KL(student ||
-    teacher), which stays within it; `jsd` the generalized Jensen-Shannon divergence, between them (arXiv:2306.13649).
-    """
-
-    forward_kl = "forward_kl"
-    reverse_kl = "reverse_kl"
-    jsd = "jsd"
-
-
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """A smaller student learns from the trained model's logits (arXiv:1503.02531)."""
+    """A smaller student learns from the trained model: its scores (arXiv:1503.02531), and what else is asked for."""
 
     student: ModelConfig = field(
         default_factory=lambda: ModelConfig(
@@ -153,10 +149,58 @@ class DistillConfig:
     jsd_beta: float = 0.5
     """Weight of the teacher in the mean distribution that `jsd` measures both from: the nearer to 0, the more like
     forward_kl, the nearer to 1, the more like reverse_kl, and the smaller. Read by `jsd` only."""
+    student_layers: tuple[int, ...] = ()
+    """Layers of the teacher that the student is made of, from 0 on, e.g. [0,2,5], its embedding and norm with them
+    (arXiv:1910.01108); empty = it has the shape of `student`, and starts from what that says."""
+    student_every: int = 0
+    """The same, of each so many layers the first: 2 takes 0, 2, 4, ...; 0 = as `student_layers` says."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    hidden: HiddenConfig = field(default_factory=HiddenConfig)
+    relations: RelationsConfig = field(default_factory=RelationsConfig)
+    teacher_sequences: int = 0
+    """Texts that the teacher writes once, for the student to train on instead of the corpus (arXiv:1606.07947); with
+    `alpha=0` it learns from nothing else. 0 = none."""
+    on_policy_share: float = 0.0
+    """Share of steps in which the student writes the text itself and learns what the teacher expects there, and nothing
+    else (GKD's lambda, arXiv:2306.13649)."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def layers_of(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of a teacher with so many that the student is made of; empty if it is not."""
+        return tuple(range(0, num_layers, self.student_every)) if self.student_every else self.student_layers
 
     def __post_init__(self) -> None:
         require_positive("distill", self, ["temperature"])
-        require_fraction("distill", self, ["alpha"])
+        require_fraction("distill", self, ["alpha", "on_policy_share"])
+        require(
+            list(self.student_layers) == sorted({number for number in self.student_layers if number >= 0}),
+            "distill.student_layers",
+            list(self.student_layers),
+            "must be numbers of layers from 0 on, each once, in rising order",
+            "Set distill.student_layers=[0,2].",
+        )
+        require(
+            self.student_every == 0 or (self.student_every >= 2 and not self.student_layers),
+            "distill.student_every",
+            self.student_every,
+            f"must be 2 or more, and stand without distill.student_layers={list(self.student_layers)}",
+            "Set distill.student_every=2 and distill.student_layers=[], or distill.student_every=0.",
+        )
+        require(
+            self.teacher_sequences >= 0,
+            "distill.teacher_sequences",
+            self.teacher_sequences,
+            "must not be negative",
+            "Set it to 0 to train on the corpus.",
+        )
+        require(
+            not (self.teacher_sequences and (self.cache.top_k or self.on_policy_share)),
+            "distill.teacher_sequences",
+            self.teacher_sequences,
+            f"cannot be combined with distill.cache.top_k={self.cache.top_k} or "
+            f"distill.on_policy_share={self.on_policy_share}: they are of the corpus's sequences",
+            "Set distill.teacher_sequences=0, or both others to 0.",
+        )
         require(
             0 < self.jsd_beta < 1,
             "distill.jsd_beta",
@@ -193,12 +237,20 @@ class TrainingRun:
     """Read by distillation only."""
     jsd_beta: float = 0.5
     """Read by distillation only."""
+    cache_top_k: int = 0
+    """Tokens of the teacher's distributions that are read from its cache; 0 = the teacher itself is asked."""
+    hidden: HiddenConfig = field(default_factory=HiddenConfig)
+    relations: RelationsConfig = field(default_factory=RelationsConfig)
+    on_policy_share: float = 0.0
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    student_layers: tuple[int, ...] = ()
+    """Layers of the teacher that the weights come from; empty = from elsewhere."""
     document_masks: bool = False
     """Whether documents that share a sequence are told apart."""
     mixture: dict[str, int] = field(default_factory=dict)
     """Weight of each corpus by name; empty = there is one."""
     start: str | None = None
-    """Candidate that the weights come from; null = `model.initial_weights`, or drawn."""
+    """Candidate that the weights come from; null = `student_layers`, `model.initial_weights`, or drawn."""
     keep_zeros: bool = False
     """Whether weights that are zero at the start stay zero: those of a sparse candidate."""
 
@@ -213,6 +265,17 @@ class TrainingRun:
         return "distill.train" if self.objective == Objective.distillation else "train"
 
     @property
+    def mimics_features(self) -> bool:
+        """Whether more than the teacher's scores is learnt."""
+        return self.hidden.weight > 0 or self.relations.weight > 0
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether ranks hold the teacher: it is neither cached nor without weight."""
+        asked = (self.alpha > 0 and not self.cache_top_k) or self.mimics_features or self.on_policy_share > 0
+        return self.objective == Objective.distillation and asked
+
+    @property
     def dp_size(self) -> int:
         """Data-parallel ranks: those that see different sequences."""
         return self.launcher.world_size // self.engine.ranks_per_replica
@@ -224,6 +287,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         check_parallelism(self)
+        check_distillation(self)
         per_micro_step = self.train.micro_batch_size * self.dp_size
         nearest = per_micro_step * max(1, round(self.train.global_batch_size / per_micro_step))
         section = self.train_section
@@ -255,7 +319,10 @@ class TrainingRun:
             f"Set {self.model_section}.kernels=auto, or engine.offload_optimizer=none.",
         )
         require(
-            not self.train.lora.enabled or self.model.initial_weights is not None or self.start is not None,
+            not self.train.lora.enabled
+            or self.model.initial_weights is not None
+            or self.start is not None
+            or bool(self.student_layers),
             "train.lora.rank",
             self.train.lora.rank,
             f"needs trained weights to adapt, and {self.model_section}.initial_weights is null",

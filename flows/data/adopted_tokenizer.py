@@ -15,6 +15,8 @@ from flows.artifact import write_json_atomically
 from flows.config.checks import ConfigError
 
 FIELD = "data.tokenizer.directory"
+UNSAID = {"version", "padding", "truncation"}
+"""Parts of tokenizer.json that do not decide which token stands for what."""
 
 
 def check_tokenizer(directory: Path) -> tuple[Tokenizer, int, str]:
@@ -48,6 +50,28 @@ def check_tokenizer(directory: Path) -> tuple[Tokenizer, int, str]:
             f"Set eos_token_id there to the id of such a token."
         )
     return tokenizer, vocab_size, end
+
+
+def check_tokens_of(weights: Path, directory: Path, section: str) -> None:
+    """Raises `ConfigError` where initial weights carry another tokenizer than the run takes: ids would mean other text.
+
+    Two files are the same tokenizer if they say the same, whatever their spacing; padding and truncation do not count.
+
+    Args:
+        weights: Hugging Face directory; one without tokenizer.json cannot be compared.
+        directory: Whose tokenizer is taken.
+        section: Where the weights stand in the configuration.
+    """
+    if not (weights / "tokenizer.json").exists():
+        return
+    theirs, taken = (json.loads((one / "tokenizer.json").read_text()) for one in (weights, directory))
+    differing = [part for part in sorted({*theirs, *taken} - UNSAID) if theirs.get(part) != taken.get(part)]
+    if differing:
+        raise ConfigError(
+            f"{section}.initial_weights={weights} has another tokenizer than {FIELD}={directory}: they differ in "
+            f"{', '.join(differing)}. A student and its teacher have to share one, since their scores are compared "
+            f"token by token. Set {FIELD}={weights}, or {section}.initial_weights=null."
+        )
 
 
 def adopt_tokenizer(source: Path, directory: Path) -> Mapping[str, Any]:

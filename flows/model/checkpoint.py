@@ -170,6 +170,26 @@ def load_initial_weights(model: Decoder, directory: Path, section: str = "model"
         _copy_weights(model, directory)
 
 
+def load_layers(model: Decoder, directory: Path, layers: Sequence[int]) -> None:
+    """Copies some layers of a model directory into `model`, with embedding, final norm and output projection.
+
+    Args:
+        model: Decoder of the same shape, but for the number of its layers.
+        directory: Hugging Face directory of a Llama-class model.
+        layers: Which of its layers become the first, second, ... of `model`.
+
+    Raises:
+        CheckpointError: The directory's weights are missing or damaged.
+    """
+    places = {f"model.layers.{layer}.": f"model.layers.{place}." for place, layer in enumerate(layers)}
+    state = {}
+    for name, tensor in load_decoder(directory).state_dict().items():
+        prefix = name[: name.find(".", len("model.layers.")) + 1] if name.startswith("model.layers.") else ""
+        if not prefix or prefix in places:
+            state[places.get(prefix, "") + name.removeprefix(prefix)] = tensor
+    model.load_state_dict(state)
+
+
 def _check_vocabulary(directory: Path, has: int, wanted: int, section: str) -> None:
     if has != wanted:
         raise ConfigError(

@@ -89,8 +89,16 @@ def render(config: Config, parents: Mapping[str, Artifact]) -> str:
 def _objective(run: TrainingRun) -> str:
     if run.objective == Objective.cross_entropy:
         return "cross-entropy"
-    start = f", from {run.start}" if run.start else ""
-    return f"distillation ({run.divergence}), T = {run.temperature:g}, α = {run.alpha:g}{start}"  # noqa: RUF001
+    parts = {
+        f"from {run.start}": run.start,
+        f"from layers {', '.join(map(str, run.student_layers))} of the teacher": run.student_layers,
+        f"the teacher's {run.cache_top_k} likeliest tokens cached": run.cache_top_k,
+        f"hidden states ({run.hidden.distance}) x {run.hidden.weight:g}": run.hidden.weight,
+        f"attention relations x {run.relations.weight:g}": run.relations.weight,
+        f"on its own text in {run.on_policy_share:.0%} of steps": run.on_policy_share,
+    }
+    scores = f"distillation ({run.divergence}), T = {run.temperature:g}, α = {run.alpha:g}"  # noqa: RUF001
+    return ", ".join([scores, *(words for words, is_so in parts.items() if is_so)])
 
 
 def _series(config: Config) -> dict[str, int]:

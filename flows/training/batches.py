@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,10 @@ from flows.training.rank_layout import RankLayout
 __all__ = ["IGNORED", "Batch", "GlobalBatch", "micro_batches", "to_batch", "validation_batches"]
 
 
+ReadRecords = Callable[[NDArray[np.int64]], Tensor]
+"""What a teacher cache keeps of some sequences of the training split, uint8 [sequences, length, bytes]."""
+
+
 class Batch(NamedTuple):
     """One micro batch, in the order of `LossModule.forward`'s arguments."""
 
@@ -32,6 +36,8 @@ class Batch(NamedTuple):
     document_ids_BL: Tensor | None = None
     """int64 [micro batch, length]: number of the token's document within its row, never falling. None: each row is one
     document, or documents may look at each other."""
+    records_BLR: Tensor | None = None
+    """What a teacher cache keeps of each token, uint8 [micro batch, length, bytes]. None: there is no cache."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,13 @@ class GlobalBatch:
         return iter(self.micro_batches)
 
 
-def micro_batches(dataset: Sequences, run: TrainingRun, step: int, device: torch.device | str) -> GlobalBatch:
+def micro_batches(
+    dataset: Sequences,
+    run: TrainingRun,
+    step: int,
+    device: torch.device | str,
+    read_records: ReadRecords | None = None,
+) -> GlobalBatch:
     """This rank's micro batches of one step, and what all ranks have loaded for it.
 
     The global batch is the same for any number of ranks and accumulation steps: it is cut, not drawn. Its loss is the
@@ -70,7 +82,10 @@ def micro_batches(dataset: Sequences, run: TrainingRun, step: int, device: torch
         rows = [dataset.row(int(index)) for index in order[places]]
         loaded[0, places] = torch.from_numpy(order[places])
         loaded[1, places] = torch.tensor([int((row.targets_L != IGNORED).sum()) for row in rows])
-        mine.append(_part(to_batch(rows, device), layout.sp_rank, run.engine.sequence_parallel_size))
+        micro_batch = to_batch(rows, device)
+        if read_records is not None:
+            micro_batch = micro_batch._replace(records_BLR=read_records(order[places]).to(device))
+        mine.append(_part(micro_batch, layout.sp_rank, run.engine.sequence_parallel_size))
     loaded = loaded.to(device)
     dist.all_reduce(loaded, dist.ReduceOp.MAX)
     sample_ids, counts = loaded.cpu().numpy()
@@ -104,7 +119,8 @@ def validation_batches(
 def _part(batch: Batch, part: int, parts: int) -> Batch:
     """Part of each sequence of a batch; document ids stay whole, because attention looks at whole sequences."""
     inputs, targets = (x.tensor_split(parts, dim=1)[part] for x in (batch.input_ids_BL, batch.targets_BL))
-    return batch._replace(input_ids_BL=inputs, targets_BL=targets)
+    records = None if batch.records_BLR is None else batch.records_BLR.tensor_split(parts, dim=1)[part]
+    return batch._replace(input_ids_BL=inputs, targets_BL=targets, records_BLR=records)
 
 
 def to_batch(rows: Sequence[Row], device: torch.device | str) -> Batch:

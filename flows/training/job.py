@@ -19,9 +19,14 @@ class TrainingJob:
     tokens_dir: Path
     tokens_digest: str
     tokenizer_dir: Path
+    validation_dir: Path | None = None
+    """Tokens to evaluate on, where those to train on were written by the teacher."""
     teacher_dir: Path | None = None
+    """The teacher, where the ranks run it."""
+    cache_dir: Path | None = None
+    """What was kept of its scores, where they read those."""
     start_dir: Path | None = None
-    """The candidate that the weights come from, where there is one."""
+    """The candidate that the weights, or some layers of them, come from, where there is one."""
     hardware: Hardware | None = None
     """What the run was planned for; None where this machine's peak is not known."""
 

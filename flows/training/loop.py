@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from functools import partial
 
 import torch
@@ -14,12 +13,11 @@ from torch import nn
 
 from flows.artifact import write_json_atomically
 from flows.config import flat_settings
-from flows.config.model import Kernels
-from flows.config.training import Objective, TrainConfig, TrainingRun
+from flows.config.training import TrainConfig, TrainingRun
 from flows.data.mixture import epochs, open_split
 from flows.data.packed import Sequences
 from flows.launcher import Heartbeat
-from flows.model.checkpoint import load_decoder, load_initial_model, load_initial_weights
+from flows.model.checkpoint import load_initial_model, load_initial_weights, load_layers
 from flows.model.decoder import Decoder, initialize
 from flows.model.transformers_model import named_weights_module
 from flows.training.batches import IGNORED, micro_batches, validation_batches
@@ -38,18 +36,19 @@ from flows.training.engine import (
 from flows.training.gradient_clipping import gradient_measures
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
-from flows.training.objectives import Distillation, Loss, LossModule, cross_entropy
+from flows.training.on_policy import taught_batches
 from flows.training.plan import flops_per_token, teacher_shape
 from flows.training.preemption import StoppedEarly, any_rank_asked_to_save
 from flows.training.receipts import ReceiptLog, first_link, next_link
 from flows.training.saving import save_trained
 from flows.training.schedules import ema_decay, learning_rate
-from flows.training.sequence_parallel import share_sequences
 from flows.training.step_meter import StepMeter
 from flows.training.step_profile import StepProfile
+from flows.training.teacher_cache import TeacherCache
+from flows.training.teaching import with_loss
 from flows.training.trainable import choose_weights, count_weights, keep_zeros
 from flows.training.weight_average import averaged_weights, set_ema_decay
-from flows.training.weight_parts import named_parts
+from flows.training.weight_parts import named_parts, named_projections
 
 
 def train(job: TrainingJob) -> None:
@@ -65,12 +64,15 @@ def train(job: TrainingJob) -> None:
     heartbeat.beat()
     index = json.loads((job.tokens_dir / "index.json").read_text())
     dataset = open_split(job.tokens_dir, "train", run.sequence_length, run.document_masks, run.mixture)
-    validation = open_split(job.tokens_dir, "validation", run.sequence_length, run.document_masks, run.mixture)
+    held_out_dir = job.validation_dir or job.tokens_dir
+    validation = open_split(held_out_dir, "validation", run.sequence_length, run.document_masks, run.mixture)
+    cache = None if job.cache_dir is None else TeacherCache(job.cache_dir)
+    read_records = None if cache is None else cache.records
     model = _initial_model(job, index["vocab_size"])
     counts = count_weights(model)
-    engine = build_engine(LossModule(model, _loss(job)), run)
+    engine = build_engine(with_loss(model, job, cache), run)
     del model  # a rank may need a part of it only
-    checkpoints = Checkpoints(job.checkpoint_dir, engine, named_parts(engine), run)
+    checkpoints = Checkpoints(job.checkpoint_dir, engine, named_parts(engine) | named_projections(engine), run)
     state = checkpoints.load()
     first_step = state.step
     leader = dist.get_rank() == 0
@@ -88,7 +90,9 @@ def train(job: TrainingJob) -> None:
         torch.manual_seed(hash((run.seed, state.step, dist.get_rank())))  # a resumed run drops what others would
         with checkpoints.finished_on_error(), meter.step(), profile.step(state.step):
             with meter.loading():
-                batches = micro_batches(dataset, run, state.step, engine.device)
+                batches = micro_batches(dataset, run, state.step, engine.device, read_records)
+            if run.on_policy_share > 0:
+                batches = taught_batches(engine, batches, run, state.step, index["eos_token_id"])
             loss = train_step(engine, batches, state.step)
         state.step += 1
         state.receipt = next_link(state.receipt, state.step, batches.sample_ids)
@@ -174,11 +178,12 @@ def _evaluate_and_keep_best(
 def _initial_model(job: TrainingJob, vocab_size: int) -> nn.Module:
     model: nn.Module
     run = job.run
-    if run.start is not None:
-        if job.start_dir is None:
-            raise AssertionError(f"a job that starts from {run.start} without its directory")
+    if job.start_dir is not None:
         model = Decoder(run.model, vocab_size)
-        load_initial_weights(model, job.start_dir, run.model_section)
+        if run.student_layers:
+            load_layers(model, job.start_dir, run.student_layers)
+        else:
+            load_initial_weights(model, job.start_dir, run.model_section)
         if run.keep_zeros:
             keep_zeros(model)
     elif run.model.initial_weights is None:
@@ -188,21 +193,6 @@ def _initial_model(job: TrainingJob, vocab_size: int) -> nn.Module:
         model = load_initial_model(run.model, vocab_size, run.model_section)
     choose_weights(named_weights_module(model), run.train, run.seed)
     return model
-
-
-def _loss(job: TrainingJob) -> Loss:
-    match job.run.objective:
-        case Objective.cross_entropy:
-            return cross_entropy
-        case Objective.distillation:
-            if job.teacher_dir is None:
-                raise AssertionError("a distillation job without a teacher")
-            teacher = load_decoder(job.teacher_dir, Kernels.auto)
-            if os.environ["DS_ACCELERATOR"] == "cuda":
-                teacher = teacher.to(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
-            share_sequences(teacher, job.run)
-            run = job.run
-            return Distillation(teacher, run.temperature, run.alpha, run.divergence, run.jsd_beta)
 
 
 def _peak_flops(job: TrainingJob, device: torch.device) -> float | None:

@@ -79,7 +79,7 @@ class MemoryPlan:
     components: dict[str, float]
     """By what holds them, the largest share of the moment when most is held."""
     phase: str
-    """When that is: `backward` or `optimizer step`."""
+    """When that is: `backward`, `optimizer step` or `writing of text`."""
 
     @property
     def total_bytes(self) -> float:
@@ -114,12 +114,15 @@ def plan_memory(run: TrainingRun, vocab_size: int, is_gpu: bool, teacher: ModelC
         "communication buckets": _bucket_bytes(layout, trained, width, is_gpu),
         "activations": _activation_bytes(run, layout, width, is_gpu),
         "logits and loss": _loss_bytes(run, vocab_size, layout, is_gpu),
+        "features": 0.0 if teacher is None else _feature_bytes(run, teacher),
     }
     step = resting | {
         "gradients": gradients + (FP32_BYTES * updated_here * counts.trained if layout.zero_stage else 0),
         "communication buckets": _bucket_bytes(layout, trained, width, is_gpu),
     }
-    phase, components = max((("backward", backward), ("optimizer step", step)), key=lambda one: sum(one[1].values()))
+    writing = resting | {"keys and values": _written_bytes(run, width)}
+    phases = {"backward": backward, "optimizer step": step, "writing of text": writing}
+    phase, components = max(phases.items(), key=lambda one: sum(one[1].values()))
     held = sum(components.values())
     if is_gpu:
         components |= {"runtime": GPU_RUNTIME_BYTES, "allocator": GPU_FRAGMENTATION * held}
@@ -212,6 +215,25 @@ def _loss_bytes(run: TrainingRun, vocab_size: int, layout: Layout, is_gpu: bool)
         return gradient + chunk * vocab_size * (own + (FP32_BYTES if distills else 0))
     arrays = 8 if distills else 3
     return gradient + (arrays * FP32_BYTES + narrow * BF16_BYTES) * min(tokens, CPU_TOKENS) * vocab_size
+
+
+def _feature_bytes(run: TrainingRun, teacher: ModelConfig) -> float:
+    """The teacher's hidden states of each layer that is looked at, both models' in float32 with their difference, and
+    of three relations three matrices of all pairs of tokens; see `flows.training.features`."""
+    tokens = run.train.micro_batch_size * run.sequence_length
+    pairs = run.model.num_hidden_layers if run.hidden.weight else 0
+    hidden = pairs * tokens * teacher.hidden_size * 4 * FP32_BYTES
+    relations = 3 * 3 * FP32_BYTES * run.relations.heads * tokens * run.sequence_length if run.relations.weight else 0
+    return float(hidden + relations)
+
+
+def _written_bytes(run: TrainingRun, width: int) -> float:
+    """Keys and values of all tokens of a micro batch that the student writes."""
+    if run.on_policy_share == 0:
+        return 0.0
+    tokens = run.train.micro_batch_size * (run.generation.prompt_tokens + run.generation.new_tokens)
+    model = run.model
+    return float(2 * width * tokens * model.num_hidden_layers * model.num_key_value_heads * model.head_dim)
 
 
 def _scores_in_chunks(run: TrainingRun) -> bool:

@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flows.config.training import Divergence
+from flows.config.distillation import Divergence
 from flows.model.decoder import Decoder, OutputHead
+from flows.training.cache_records import unpack_records
+from flows.training.features import Features
+from flows.training.record_layout import RecordLayout
 from kernels import reference
 from kernels.cross_entropy import cross_entropy as cross_entropy_of_scores
 from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.linear_distillation import TeacherHead, linear_distillation
+from kernels.linear_distillation import CachedTeacher, TeacherHead, linear_distillation
 
 CHUNK_TOKENS = 256
 """Tokens whose distributions are compared at once: several passes over [tokens, vocab] stay in a processor's cache."""
@@ -149,6 +152,96 @@ class Distillation:
         )
 
 
+class CachedDistillation:
+    """The loss of `Distillation`, from what was kept of the teacher's distributions.
+
+    Compared are the K kept tokens and all others as one outcome. With forward_kl the gradient of a token's scores is
+    off by what the others pull among themselves alone: at most 2 alpha T times the teacher's probability of them all
+    at temperature T, as a sum of absolute values, and no less is lost of the divergence than of nothing: it is never
+    above the dense one.
+
+    Args:
+        layout: Of the records.
+        temperature: As in `Distillation`, 1 or more.
+        alpha: As there.
+        divergence: As there.
+        beta: As there.
+        records_BLR: Of the tokens of one micro batch, uint8 [batch, length, bytes]; see `of`.
+    """
+
+    def __init__(
+        self,
+        layout: RecordLayout,
+        temperature: float,
+        alpha: float,
+        divergence: Divergence = Divergence.forward_kl,
+        beta: float = 0.5,
+        records_BLR: torch.Tensor | None = None,
+    ) -> None:
+        self._layout, self._records_BLR = layout, records_BLR
+        self._temperature, self._alpha, self._divergence, self._beta = temperature, alpha, divergence, beta
+
+    def of(self, records_BLR: torch.Tensor) -> CachedDistillation:
+        """The loss of one micro batch."""
+        knobs = self._temperature, self._alpha, self._divergence, self._beta
+        return CachedDistillation(self._layout, *knobs, records_BLR)
+
+    def __call__(
+        self,
+        logits_BLV: torch.Tensor,
+        input_ids_BL: torch.Tensor,
+        targets_BL: torch.Tensor,
+        document_ids_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """From scores []."""
+        students, targets = logits_BLV.flatten(0, 1), targets_BL.flatten()
+        teacher = self._teacher()
+        losses = []
+        for first in range(0, len(targets), CHUNK_TOKENS):
+            part = slice(first, first + CHUNK_TOKENS)
+            kept = CachedTeacher(*(one[part] for one in teacher))
+            losses.append(
+                reference.cached_distillation(
+                    students[part],
+                    targets[part],
+                    kept.indices,
+                    kept.log_probs,
+                    kept.tail_log_mass,
+                    self._divergence.value,
+                    self._beta,
+                    self._temperature,
+                    self._alpha,
+                )
+            )
+        return torch.cat(losses).sum()
+
+    def from_hidden(
+        self,
+        x_BLD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        input_ids_BL: torch.Tensor,
+        targets_BL: torch.Tensor,
+        document_ids_BL: torch.Tensor | None = None,
+        kernels: str = "auto",
+    ) -> torch.Tensor:
+        """From hidden states and output projection []."""
+        return linear_distillation(
+            x_BLD.flatten(0, 1),
+            weight_VD,
+            targets_BL.flatten(),
+            self._teacher(),
+            divergence=self._divergence.value,
+            beta=self._beta,
+            temperature=self._temperature,
+            alpha=self._alpha,
+            kernels=kernels,
+        )
+
+    def _teacher(self) -> CachedTeacher:
+        assert self._records_BLR is not None, "a cached loss without the micro batch's records"
+        return CachedTeacher(*unpack_records(self._layout, self._records_BLR.flatten(0, 1), self._temperature))
+
+
 def scoring_head(model: nn.Module) -> OutputHead | None:
     """The output projection of a model whose scores are nothing but hidden states times its weight; else None.
 
@@ -182,6 +275,12 @@ class LossModule(nn.Module):
         self.loss = loss
         self.penalty: Callable[[], torch.Tensor] | None = None
         """What the last forward adds to the training loss besides."""
+        self.own_loss: Loss | None = None
+        """Of text that the student wrote itself."""
+        self.wrote_itself = False
+        """Whether the batches of this step are such text."""
+        self.features: Features | None = None
+        """What else a student learns of its teacher's layers; trained with it, and no part of what is saved."""
 
     def forward(
         self,
@@ -189,9 +288,12 @@ class LossModule(nn.Module):
         targets_BL: torch.Tensor,
         loss_tokens: torch.Tensor,
         document_ids_BL: torch.Tensor | None = None,
+        records_BLR: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Loss to minimize while training, cross-entropy while evaluating: the sum divided by `loss_tokens` []."""
-        loss: Loss = self.loss if self.training else cross_entropy
+        loss: Loss = self._training_loss() if self.training else cross_entropy
+        if records_BLR is not None:
+            loss = cast(CachedDistillation, loss).of(records_BLR)
         head = scoring_head(self.model)
         if head is None:
             logits_BLV = scores(self.model, input_ids_BL, document_ids_BL)
@@ -206,5 +308,13 @@ class LossModule(nn.Module):
                     x_BLD, weight_VD, input_ids_BL, targets_BL, document_ids_BL, kernels
                 ),
             )
+        if self.features is not None and self.training:
+            total = total + self.features(input_ids_BL, targets_BL, document_ids_BL)
         mean = total / loss_tokens
         return mean + self.penalty() if self.penalty and self.training else mean
+
+    def _training_loss(self) -> Loss:
+        if not self.wrote_itself:
+            return self.loss
+        assert self.own_loss is not None, "a student's own text without a loss for it"
+        return self.own_loss

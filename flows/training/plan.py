@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flows.config.engine import Precision
 from flows.config.hardware import PlanConfig
 from flows.config.model import ModelConfig
-from flows.config.training import Objective, TrainingRun
+from flows.config.training import TrainingRun
 from flows.model import arithmetic
 from flows.model.config_json import counted_shape, read_config
 from flows.training.hardware import GIB, Hardware
@@ -95,8 +96,8 @@ def make_plan(
         teacher: The frozen model of a distillation, which computes forward only.
         train_tokens: Size of the training split, where it is known.
     """
-    if (run.objective == Objective.distillation) != (teacher is not None):
-        raise AssertionError("a distillation has a teacher, and nothing else has")
+    if run.runs_teacher != (teacher is not None):
+        raise AssertionError("a run that asks a teacher has one, and no other has")
     run = replace(run, model=counted_shape(run.model))
     ranks = run.launcher.num_ranks
     devices = ranks if hardware.is_gpu else 1
@@ -125,9 +126,30 @@ def make_plan(
         rank_memory_bytes=hardware.memory_bytes if hardware.is_gpu else hardware.memory_bytes / ranks,
         step_s=tokens_per_step * computed_flops / (peak * mfu)
         + update_bytes(run, vocab_size) / bandwidth
+        + writing_s(run, vocab_size, peak * mfu, bandwidth)
         + FIXED_STEP_S[run.engine.zero_stage],
         price_per_hour=None if price is None else price * devices,
     )
+
+
+def writing_s(run: TrainingRun, vocab_size: int, flops_per_s: float, bytes_per_s: float) -> float:
+    """Seconds that a step takes on average for the student to write text: every token reads all weights anew.
+
+    Args:
+        run: The training run; its text is written in `on_policy_share` of the steps.
+        vocab_size: Number of tokens.
+        flops_per_s: That all ranks reach together.
+        bytes_per_s: Of one rank's memory.
+    """
+    if run.on_policy_share == 0:
+        return 0.0
+    tokens = run.generation.prompt_tokens + run.generation.new_tokens
+    forward = arithmetic.forward_flops_per_token(counted_shape(run.model), vocab_size, tokens)
+    width = 4 if run.engine.precision == Precision.fp32 else 2
+    read = run.gradient_accumulation_steps * run.generation.new_tokens
+    weights = width * arithmetic.parameter_count(counted_shape(run.model), vocab_size)
+    computing_s = run.train.global_batch_size * tokens * forward / flops_per_s
+    return run.on_policy_share * (computing_s + read * weights / bytes_per_s)
 
 
 def flops_per_token(run: TrainingRun, vocab_size: int, teacher: ModelConfig | None) -> float:

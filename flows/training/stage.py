@@ -26,6 +26,7 @@ from flows.training.job import TrainingJob
 from flows.training.metrics_log import METRICS, read_metrics
 from flows.training.out_of_memory import OutOfMemoryError, explain_out_of_memory, kernel_kills, rank_limit_bytes
 from flows.training.plan import make_plan, render_plan, teacher_shape
+from flows.training.teacher_cache import require_cache_of, require_same_tokenizer
 
 RUNS = "flows.training.__main__"
 """What the ranks run; part of the code that makes the artifact."""
@@ -71,14 +72,17 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
     Args:
         directory: Being made; checkpoints of an interrupted run in it are resumed from.
         config: The run.
-        parents: `tokens`, `tokenizer`, for distillation `teacher`, and `start` for one that goes on from a candidate.
+        parents: `tokens`, `tokenizer`; for distillation `teacher`, `start` for one that goes on from a candidate,
+            `cache` of the teacher where it is read, `validation` tokens where the others were written by the teacher.
 
     Raises:
         RankError: A rank failed, died or hung.
         Preempted: The ranks were asked to stop, and have saved.
         OutOfMemoryError: The kernel ended a rank for lack of memory.
     """
-    teacher, start = parents.get("teacher"), parents.get("start")
+    teacher, cache, validation = parents.get("teacher"), parents.get("cache"), parents.get("validation")
+    start = teacher if config.student_layers else parents.get("start")
+    _check_origins(config, parents)
     hardware = this_machine(config.engine.device)
     job = TrainingJob(
         run=config,
@@ -86,7 +90,9 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
         tokens_dir=parents["tokens"].path,
         tokens_digest=parents["tokens"].digest,
         tokenizer_dir=parents["tokenizer"].path,
-        teacher_dir=teacher.path if teacher else None,
+        validation_dir=validation.path if validation else None,
+        teacher_dir=teacher.path if teacher and config.runs_teacher else None,
+        cache_dir=cache.path if cache else None,
         start_dir=start.path if start else None,
         hardware=hardware,
     )
@@ -112,6 +118,15 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
         heartbeat.unlink()
     summary: dict[str, Any] = json.loads((job.log_dir / "summary.json").read_text())
     return summary | {"curve": list(read_metrics(job.log_dir / METRICS)), "plan": plan, "restarts": restarts}
+
+
+def _check_origins(config: TrainingRun, parents: Mapping[str, Artifact]) -> None:
+    """Raises `RunError` where a model or cache that training begins with is of other tokens than this run's."""
+    for role in ("teacher", "start"):
+        if role in parents:
+            require_same_tokenizer(parents[role].path, parents["tokenizer"].path, role)
+    if config.cache_top_k:
+        require_cache_of(parents["cache"], parents["teacher"], parents["tokens"], parents["tokenizer"])
 
 
 def _plan(job: TrainingJob) -> dict[str, Any] | None:

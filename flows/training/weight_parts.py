@@ -40,6 +40,12 @@ def named_parts(engine: DeepSpeedEngine) -> dict[str, nn.Parameter]:
     }
 
 
+def named_projections(engine: DeepSpeedEngine) -> dict[str, nn.Parameter]:
+    """What is trained beside the model and is no part of it: in checkpoints, and not in what is saved as the model."""
+    features = None if isinstance(engine, PipelineEngine) else engine.module.features
+    return {} if features is None else {f"features.{name}": weight for name, weight in features.named_parameters()}
+
+
 def is_own(engine: DeepSpeedEngine, name: str, parameter: nn.Parameter) -> bool:
     """Whether this rank answers for a part, among ranks other than data-parallel ones that hold the same contents."""
     if getattr(parameter, "ds_pipe_replicated", False):  # a tied matrix, of which the first stage has one too

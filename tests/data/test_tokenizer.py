@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from flows.artifact import Artifact, digest_file
 from flows.config import ConfigError
 from flows.config.data import CorpusConfig, Source, TokenizerConfig
-from flows.data.adopted_tokenizer import check_tokenizer
+from flows.data.adopted_tokenizer import check_tokenizer, check_tokens_of
 from flows.data.encode import encode_batches
 from flows.data.tokenizer import (
     END_OF_TEXT,
@@ -165,3 +165,20 @@ def test_tokenizers_that_cannot_be_taken_are_refused(
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         check_tokenizer(tmp_path)
+
+
+def test_weights_of_another_tokenizer_are_refused_and_spacing_does_not_count(
+    email_chain: dict[str, Artifact], tmp_path: Path
+) -> None:
+    said = json.loads((email_chain["tokenizer"].path / "tokenizer.json").read_text())
+    taken, weights = tmp_path / "taken", tmp_path / "weights"
+    for directory, text in ((taken, json.dumps(said)), (weights, json.dumps({**said, "padding": {}}, indent=7))):
+        directory.mkdir()
+        (directory / "tokenizer.json").write_text(text)
+    check_tokens_of(weights, taken, "distill.student")
+    check_tokens_of(tmp_path, taken, "distill.student")  # there is nothing to compare
+    first, second, *rest = said["model"]["merges"]
+    said["model"]["merges"] = [second, first, *rest]
+    (weights / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(ConfigError, match=r"distill.student.initial_weights=.*differ in model\. .* Set data.tokenizer"):
+        check_tokens_of(weights, taken, "distill.student")

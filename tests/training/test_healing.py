@@ -16,18 +16,20 @@ from flows.config.engine import EngineConfig, Precision
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.prune import PruneConfig
 from flows.config.training import Objective, TrainingRun
+from flows.data.tokenizer import copy_tokenizer
 from flows.model.checkpoint import save_decoder
 from flows.model.decoder import Decoder, initialize
 from tests.training.conftest import SEQUENCE_LENGTH, TINY, VOCAB_SIZE
 
 
 @pytest.fixture
-def sparse(tmp_path: Path) -> Artifact:
+def sparse(tmp_path: Path, data: dict[str, Artifact]) -> Artifact:
     """A decoder of which half of each layer's weights are zero, as a candidate."""
     model = Decoder(TINY, VOCAB_SIZE).requires_grad_(False)
     initialize(model, seed=5)
     prune_weights_(model, PruneConfig(sparsity=0.5), {})
     save_decoder(tmp_path / "sparse", model.state_dict(), TINY, VOCAB_SIZE, SEQUENCE_LENGTH, 0)
+    copy_tokenizer(data["tokenizer"].path, tmp_path / "sparse")
     return Artifact("sparse", "sparse", "sparse", tmp_path / "sparse")
 
 

@@ -14,11 +14,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flows.config import ConfigError
+from flows.config.distillation import Divergence
 from flows.config.engine import EngineConfig
 from flows.config.lora import LoraConfig
 from flows.config.model import ModelConfig
 from flows.config.optimizer import OptimizerConfig
-from flows.config.training import Divergence, Schedule, TrainConfig, TrainingRun
+from flows.config.training import Schedule, TrainConfig, TrainingRun
 from flows.model.decoder import Decoder, initialize
 from flows.training import objectives
 from flows.training.batches import IGNORED

@@ -15,19 +15,22 @@ import torch
 
 from flows.compose import CONF_DIR, compose_config
 from flows.config import ConfigError
+from flows.config.distillation import GenerationConfig, HiddenConfig, RelationsConfig, TextRun
 from flows.config.engine import EngineConfig, Precision
 from flows.config.hardware import HardwareName, PlanConfig
 from flows.config.launcher import LauncherConfig
 from flows.config.lora import LoraConfig
 from flows.config.model import ModelConfig
-from flows.config.training import TrainConfig, TrainingRun
+from flows.config.training import Objective, TrainConfig, TrainingRun
 from flows.model.arithmetic import weight_shapes
 from flows.model.decoder import Decoder
 from flows.training.hardware import TABLE, find_hardware, measure_processor, usable_memory_bytes
+from flows.training.lesson_plan import plan_cache, plan_text
 from flows.training.lora import add_adapters
 from flows.training.memory_plan import plan_memory
 from flows.training.out_of_memory import explain_out_of_memory, is_out_of_memory, kernel_kills, remedies
 from flows.training.plan import make_plan, render_plan
+from flows.training.record_layout import RecordLayout
 
 Run = Callable[..., TrainingRun]
 SEVEN_B = ModelConfig(
@@ -199,3 +202,30 @@ def test_the_command_plans_base_and_student_without_torch(tmp_path: Path) -> Non
     assert "numpy" in loaded
     assert not loaded & {"torch", "deepspeed", "prefect"}
     assert not list(tmp_path.iterdir())
+
+
+def test_what_teachers_leave_and_students_write_is_counted(tiny_run: Run) -> None:
+    h100, base = TABLE[HardwareName.h100], tiny_run()
+    layout = RecordLayout(64, 4096)
+    assert layout.record_bytes == 64 * 12 // 8 + 64 * 2 + 4 * 2
+    cache = plan_cache(SEVEN_B, layout, 10**6, 2048, h100)
+    assert cache.num_bytes == 232 * 10**6
+    assert cache.seconds is not None
+    assert cache.seconds > 2 * 6.5e9 * 10**6 / h100.fp32_flops
+    assert plan_cache(SEVEN_B, layout, 10**6, 2048, None).in_words().endswith("time is not known on this GPU")
+    writing = GenerationConfig(prompt_tokens=100, new_tokens=100)
+    text = TextRun(sequences=640, generation=writing, sequence_length=512, seed=0)
+    half = plan_text(SEVEN_B, 4096, replace(text, sequences=320), h100)
+    planned = plan_text(SEVEN_B, 4096, text, h100)
+    assert planned.tokens == 640 * 200
+    assert planned.seconds == pytest.approx(2 * half.seconds)  # type: ignore[operator]
+    assert planned.seconds > 1000 * 4 * 6e9 / h100.bytes_per_s  # type: ignore[operator]
+    distilled = replace(base, objective=Objective.distillation, alpha=0.5)
+    own = replace(distilled, on_policy_share=0.5, generation=writing, sequence_length=512)
+    steps = [make_plan(run, 4096, h100, PlanConfig(), SEVEN_B).step_s for run in (replace(own, on_policy_share=0), own)]
+    assert steps[1] > steps[0]
+    hidden = replace(distilled, hidden=HiddenConfig(weight=1.0), relations=RelationsConfig(weight=1.0))
+    assert plan_memory(hidden, 4096, False, SEVEN_B).components["features"] > 0
+    assert "features" not in plan_memory(distilled, 4096, False, SEVEN_B).components
+    cached = make_plan(replace(distilled, cache_top_k=8), 4096, h100, PlanConfig())
+    assert cached.teacher_parameters == 0
