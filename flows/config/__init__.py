@@ -158,6 +158,11 @@ class Config:
                 sparse[name] = sparse[source]
         return sparse
 
+    def weight_bits(self) -> dict[str, int]:
+        """Bits of a stored weight of each quantized candidate, by name."""
+        settings = {name: self.step_settings(name) for name in self.steps}
+        return {name: one.weight_bits for name, one in settings.items() if isinstance(one, QuantizeConfig)}
+
     def training_runs(self) -> dict[str, TrainingRun]:
         """Training of the base model, and of each student, by candidate."""
         shapes, sparse = self.shapes(), self.sparse_candidates()
@@ -203,6 +208,7 @@ class Config:
             steps=self.steps,
             gates=self.evaluate.gates,
             candidate=self.publish.candidate,
+            weight_bits=self.weight_bits(),
             sparse=self.sparse_candidates(),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flows.config.checks import require, require_positive
+from flows.config.checks import require, require_fraction, require_positive
 from flows.config.steps import StepConfig
 
 
@@ -17,6 +17,11 @@ class QuantizeConfig:
     min_sqnr_db: float = 25.0
     """A layer whose weights keep a lower signal-to-quantization-noise ratio stays in floating point and is reported."""
 
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a stored weight, which decide what the gates demand."""
+        return 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class GatesConfig:
@@ -26,22 +31,36 @@ class GatesConfig:
     """Bits per byte must be below those of a unigram model of the same tokens."""
     max_loss_ratio: float = 1.35
     """Test loss over the base model's."""
-    max_quantized_loss_ratio: float = 1.01
-    """Test loss of a quantized candidate over its source's."""
-    max_quantized_bytes_ratio: float = 0.3
-    """Bytes of a quantized candidate's program over its source's."""
+    max_loss: float | None = None
+    """Test loss of any candidate, nats per token; null = no limit."""
+    max_divergence: float | None = None
+    """KL(base || candidate) on the test split, nats per token; null = no limit."""
+    min_agreement: float | None = None
+    """Share of test tokens for which a candidate's first choice is the base model's; null = no limit."""
+    max_8bit_loss_ratio: float = 1.01
+    """Test loss of a candidate with 8-bit weights over its source's."""
+    max_8bit_bytes_ratio: float = 0.3
+    """Bytes of its program over its source's."""
+    max_4bit_loss_ratio: float = 1.03
+    """Test loss of a candidate with 4-bit weights over its source's."""
+    max_4bit_bytes_ratio: float = 0.17
+    """Bytes of its program over its source's."""
     max_compressed_bytes_ratio: float = 0.98
     """Bytes of a student's or pruned candidate's program over its source's: one that is as large is not compressed."""
     max_compressed_latency_ratio: float = 1.0
     """p50 latency of a candidate over its source's: one that is slower is not compressed."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            "evaluate.gates",
-            self,
-            ["max_loss_ratio", "max_quantized_loss_ratio", "max_quantized_bytes_ratio"],
-        )
-        require_positive("evaluate.gates", self, ["max_compressed_bytes_ratio", "max_compressed_latency_ratio"])
+        ratios = ["max_loss_ratio", "max_compressed_bytes_ratio", "max_compressed_latency_ratio"]
+        ratios += [f"max_{bits}bit_{measure}_ratio" for bits in (8, 4) for measure in ("loss", "bytes")]
+        given = [name for name in ("max_loss", "max_divergence") if getattr(self, name) is not None]
+        require_positive("evaluate.gates", self, [*ratios, *given])
+        require_fraction("evaluate.gates", self, [] if self.min_agreement is None else ["min_agreement"])
+
+    def quantized_limits(self, bits: int) -> dict[str, float]:
+        """Limits for weights of so many bits, by the name of the setting."""
+        names = (f"max_{bits}bit_loss_ratio", f"max_{bits}bit_bytes_ratio")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,5 +129,7 @@ class GatingConfig:
     gates: GatesConfig
     candidate: str
     """Which one the user wants: `auto` or a name."""
+    weight_bits: dict[str, int] = field(default_factory=dict)
+    """Bits of a stored weight of the quantized candidates, by name."""
     sparse: dict[str, str] = field(default_factory=dict)
     """Candidates with zeros among their weights, by name: which share, or `2:4`."""
