@@ -268,7 +268,11 @@ def test_stage_reads_the_artifacts_of_every_candidate(tmp_path: Path):
         latency[name] = {"p50_ms": speed, "p95_ms": 2 * speed, "throughput": {"tokens_per_s": 3.0}}
         latency[name] |= {"resident_bytes": 7, "cpu_s_per_1000_tokens": 0.5}
     parents["latency"] = measured(latency)
-    metrics = gates.build(tmp_path, GatingConfig(steps=STEPS, gates=GatesConfig(), candidate="auto", weight_bits={"base_int8": 8}), parents)
+    metrics = gates.build(
+        tmp_path,
+        GatingConfig(steps=STEPS, gates=GatesConfig(), candidate="auto", weight_bits={"base_int8": 8}),
+        parents,
+    )
     assert metrics["chosen"] == "base_int8"
     assert [candidate["name"] for candidate in metrics["candidates"]] == ["base", "base_int8"]
     assert metrics["candidates"][1]["p95_ms"] == 12.0
