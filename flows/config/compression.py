@@ -57,11 +57,6 @@ class GatesConfig:
         require_positive("evaluate.gates", self, [*ratios, *given])
         require_fraction("evaluate.gates", self, [] if self.min_agreement is None else ["min_agreement"])
 
-    def quantized_limits(self, bits: int) -> dict[str, float]:
-        """Limits for weights of so many bits, by the name of the setting."""
-        names = (f"max_{bits}bit_loss_ratio", f"max_{bits}bit_bytes_ratio")
-        return {name: getattr(self, name) for name in names}
-
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyConfig:

@@ -201,13 +201,12 @@ def _failures(row: Row, by_name: Mapping[str, Row], gates: GatesConfig, unigram:
     yield from _above("test loss", row.loss, base, base.loss, gates.max_loss_ratio, "max_loss_ratio")
     size, of_source = row.program_bytes / 1e6, source.program_bytes / 1e6
     if row.weight_bits is not None:
-        limits = gates.quantized_limits(row.weight_bits)
-        measured = (("test loss", row.loss, source.loss), ("program size in MB", size, of_source))
-        for (what, value, reference), (name, limit) in zip(measured, limits.items(), strict=True):
-            yield from _above(what, value, source, reference, limit, name)
+        loss_name, bytes_name = (f"max_{row.weight_bits}bit_{measure}_ratio" for measure in ("loss", "bytes"))
+        yield from _above("test loss", row.loss, source, source.loss, getattr(gates, loss_name), loss_name)
+        yield from _above("program size in MB", size, source, of_source, getattr(gates, bytes_name), bytes_name)
     else:
-        limit = gates.max_compressed_bytes_ratio
-        yield from _above("program size in MB", size, source, of_source, limit, "max_compressed_bytes_ratio")
+        most = gates.max_compressed_bytes_ratio
+        yield from _above("program size in MB", size, source, of_source, most, "max_compressed_bytes_ratio")
         if row.sparse == TWO_OF_FOUR:
             yield (
                 "2:4 sparsity is run by sparse tensor cores of NVIDIA GPUs from compute capability 8.0 on; its program "
@@ -215,8 +214,8 @@ def _failures(row: Row, by_name: Mapping[str, Row], gates: GatesConfig, unigram:
             )
         elif row.sparse is not None:
             yield f"{row.sparse} of its layers' weights are zeros, which its program stores and multiplies like others"
-    limit, name = gates.max_compressed_latency_ratio, "max_compressed_latency_ratio"
-    yield from _above("p50 latency in ms", row.p50_ms, source, source.p50_ms, limit, name)
+    most = gates.max_compressed_latency_ratio
+    yield from _above("p50 latency in ms", row.p50_ms, source, source.p50_ms, most, "max_compressed_latency_ratio")
 
 
 def _above(what: str, value: float, reference: Row, of_reference: float, limit: float, name: str) -> Iterator[str]:

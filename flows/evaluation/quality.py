@@ -154,10 +154,12 @@ def measure_quality(
 
 def _sums(scores: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
     """Over the tokens to predict: loss, hits, agreement with the reference, and divergence from it, float64 [4]."""
-    expected = targets.flatten()
+    expected, all_mine, all_theirs = targets.flatten(), scores.flatten(0, 1), reference.flatten(0, 1)
     total = torch.zeros(4, dtype=torch.float64)
-    for part in torch.arange(len(expected), device=expected.device)[expected != IGNORED].split(CHUNK_TOKENS):
-        mine, theirs, wanted = scores.flatten(0, 1)[part].float(), reference.flatten(0, 1)[part].float(), expected[part]
+    chosen = (expected != IGNORED).nonzero().squeeze(-1)
+    for start in range(0, len(chosen), CHUNK_TOKENS):
+        part = chosen[start : start + CHUNK_TOKENS]
+        mine, theirs, wanted = all_mine[part].float(), all_theirs[part].float(), expected[part]
         log_q, log_p = log_softmax(mine, -1), log_softmax(theirs, -1)
         first = mine.argmax(-1)
         found = (

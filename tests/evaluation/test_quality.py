@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -137,7 +138,7 @@ def test_words_are_counted_over_all_rows(parents):
     words = hits = 0
     for row, row_right in zip(targets.tolist(), right, strict=True):
         begins = [place for place, token in enumerate(row) if token % 3 == 0]
-        for first, after in zip(begins, begins[1:], strict=False):
+        for first, after in itertools.pairwise(begins):
             words += 1
             hits += all(row_right[first:after])
     found = measured(model, dataset, 20, 3, np.ones(VOCAB, int))
