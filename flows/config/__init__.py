@@ -197,6 +197,7 @@ class Config:
         """Measurement of each candidate on the test split."""
         return QualityConfig(
             max_tokens=self.evaluate.max_tokens,
+            tasks=self.evaluate.tasks,
             sequence_length=self.data.sequence_length,
             document_masks=self.data.document_masks,
             mixture=self.data.weights,

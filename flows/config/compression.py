@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flows.config.checks import require, require_fraction, require_positive
 from flows.config.steps import StepConfig
@@ -90,11 +91,25 @@ class LatencyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TasksConfig:
+    """Tasks of the language model evaluation harness (`lm_eval`, extra `harness`)."""
+
+    directory: Path | None = None
+    """Directory of task files (YAML) with their data beside them; each candidate runs all. null = none."""
+    max_examples: int | None = None
+    """First examples of each task; null = all."""
+
+    def __post_init__(self) -> None:
+        require_positive("evaluate.tasks", self, [] if self.max_examples is None else ["max_examples"])
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """How every candidate is measured, alike."""
 
     max_tokens: int = 131_072
     """Test tokens read for loss and bits per byte."""
+    tasks: TasksConfig = field(default_factory=TasksConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     gates: GatesConfig = field(default_factory=GatesConfig)
 
@@ -113,6 +128,7 @@ class QualityConfig:
     """Whether documents that share a sequence are told apart."""
     mixture: dict[str, int] = field(default_factory=dict)
     """Weight of each corpus by name; empty = there is one."""
+    tasks: TasksConfig = field(default_factory=TasksConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from flows.config.lora import LoraConfig
 from flows.config.model import Kernels, ModelConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.parallelism import check_parallelism
+from flows.config.quantization_aware import QuantizationAwareConfig
 from flows.config.tracking import TrackingConfig
 
 
@@ -50,6 +51,7 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     """Glob patterns of weights that keep every bit, e.g. `model.layers.0.*`; comes after `trainable`."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    quantization_aware: QuantizationAwareConfig = field(default_factory=QuantizationAwareConfig)
     ema_decay: float = 0.0
     """Share of the old average kept at each step of an exponential moving average of the weights, in float32, which is
     then evaluated and saved as the model; 0 = none, 0.999 is usual. Rises with the steps: step / (step + 9) at most."""

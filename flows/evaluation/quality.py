@@ -23,6 +23,7 @@ from flows.config.model import Kernels
 from flows.data.mixture import open_split
 from flows.data.packed import IGNORED, Sequences
 from flows.evaluation.sanity import find_faults
+from flows.evaluation.task_files import fingerprint_tasks
 from flows.evaluation.words import WordMarks
 
 SCORES_LIMIT = 2**25
@@ -57,6 +58,11 @@ class Quality:
     words: int
 
 
+def fingerprint(config: QualityConfig) -> str | None:
+    """Digest of the task files, where there are any."""
+    return None if config.tasks.directory is None else fingerprint_tasks(config.tasks.directory)
+
+
 def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
     """Writes quality.json; runs on a GPU where there is one.
 
@@ -66,7 +72,8 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
         parents: `model`, `base` (the base model, which `model` may be), `tokens`, `tokenizer`.
 
     Returns:
-        The fields of `Quality`, `parameters`, and `faults`, the sentences of `find_faults`.
+        The fields of `Quality`, `parameters`, `tasks` (results of the harness), and `faults`, the sentences of
+        `find_faults`.
 
     Raises:
         ConfigError: `evaluate.max_tokens` is less than one sequence, or the test split is.
@@ -90,9 +97,22 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
     quality = measure_quality(model, base, dataset, sequences, batch_size, token_bytes, marks)
     prompts = np.stack([dataset[int(index)][:PROMPT_TOKENS] for index in dataset.first(PROMPTS)])
     faults = find_faults(model, torch.from_numpy(prompts).to(next(model.parameters()).device))
-    metrics = {**asdict(quality), "parameters": count_parameters(model), "tasks": {}, "faults": faults}
+    metrics = {
+        **asdict(quality),
+        "parameters": count_parameters(model),
+        "tasks": _tasks(model, config, parents),
+        "faults": faults,
+    }
     write_json_atomically(directory / "quality.json", metrics)
     return metrics
+
+
+def _tasks(model: nn.Module, config: QualityConfig, parents: Mapping[str, Artifact]) -> dict[str, float]:
+    if config.tasks.directory is None:
+        return {}
+    from flows.evaluation.harness import run_tasks  # an extra, which takes seconds to import
+
+    return run_tasks(model, parents["tokenizer"].path, config.tasks, config.sequence_length)
 
 
 @torch.no_grad()
