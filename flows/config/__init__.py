@@ -149,11 +149,14 @@ class Config:
 
     def sparse_candidates(self) -> dict[str, str]:
         """Candidates with zeros among their weights, by name: how many and in which pattern, in words."""
-        sparse: dict[str, str] = {}
+        growing = self.train.sparsify.sparsity
+        sparse = {BASE: f"{growing:g}"} if growing else {}
         for name, step in self.steps.items():
             settings = self.step_settings(name)
             if isinstance(settings, PruneConfig) and settings.sparsity:
                 sparse[name] = settings.pattern or f"{settings.sparsity:g}"
+            elif isinstance(settings, DistillConfig) and settings.train.sparsify.sparsity:
+                sparse[name] = f"{settings.train.sparsify.sparsity:g}"
             elif (source := step.start if step.kind == StepKind.distill else step.source) in sparse:
                 sparse[name] = sparse[source]
         return sparse

@@ -223,31 +223,19 @@ def _check_zeros(run: TrainingRun) -> None:
         ),
         f"{run.train_section}.lora.rank": (train.lora.rank, 0),
     }
+    if train.sparsify.sparsity:
+        shown_right[f"{run.model_section}.num_experts"] = (run.model.num_experts, 0)
+        shown_right[f"{run.model_section}.architecture"] = (run.model.architecture, Architecture.decoder)
+    kept = f"the sparse {run.start} to start from" if run.keep_zeros and run.start else None
+    growing = f"{run.train_section}.sparsify.sparsity={train.sparsify.sparsity:g}" if train.sparsify.sparsity else None
     for field, (value, only) in shown_right.items():
         require(
-            not run.keep_zeros or value == only,
+            not (kept or growing) or value == only,
             field,
             value,
-            f"cannot be combined with the sparse {run.start} to start from: its zeros would not stay zeros",
+            f"cannot be combined with {growing or kept}: its zeros would not stay zeros",
             f"Set {field}={only}, or prune after the training.",
         )
-
-
-FP8_MULTIPLE = 16
-NOT_WITH_EXPERTS: dict[str, tuple[object, ...]] = {
-    "zero_stage": (0, 2, 1),
-    "pipeline_stages": (1,),
-    "tensor_parallel_size": (1,),
-    "sequence_parallel_size": (1,),
-    "offload_optimizer": ("none",),
-    "compile": (False,),
-}
-"""Values that have been shown right with mixtures of experts; the last is the remedy."""
-
-
-def _divisor(number: int, at_most: int) -> int:
-    """Largest divisor of `number` up to `at_most`."""
-    return max(divisor for divisor in range(1, at_most + 1) if number % divisor == 0)
 
 
 def _check_quantization_aware(run: TrainingRun) -> None:
@@ -297,3 +285,20 @@ def _check_quantization_aware(run: TrainingRun) -> None:
             f"must divide the {width} columns of a matrix of {run.model_section}",
             f"Set a width that is a multiple of {config.group_size}.",
         )
+
+
+FP8_MULTIPLE = 16
+NOT_WITH_EXPERTS: dict[str, tuple[object, ...]] = {
+    "zero_stage": (0, 2, 1),
+    "pipeline_stages": (1,),
+    "tensor_parallel_size": (1,),
+    "sequence_parallel_size": (1,),
+    "offload_optimizer": ("none",),
+    "compile": (False,),
+}
+"""Values that have been shown right with mixtures of experts; the last is the remedy."""
+
+
+def _divisor(number: int, at_most: int) -> int:
+    """Largest divisor of `number` up to `at_most`."""
+    return max(divisor for divisor in range(1, at_most + 1) if number % divisor == 0)

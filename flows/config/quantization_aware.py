@@ -25,8 +25,8 @@ class QuantizationAwareConfig:
     symmetric: bool = True
     """In 4 bits: codes around zero, as in `quantize.symmetric`."""
     search: bool = True
-    """In 4 bits: each group has the scale with the least squared error, as in `quantize.search`; some twenty more passes
-    over the weights in each micro step."""
+    """In 4 bits: each group has the scale with the least squared error, as in `quantize.search`; some twenty more
+    passes over the weights in each micro step."""
 
     @property
     def bits(self) -> int:

@@ -36,6 +36,7 @@ from flows.training.engine import (
     validation_loss,
 )
 from flows.training.gradient_clipping import gradient_measures
+from flows.training.growing_sparsity import GrowingSparsity
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Distillation, Loss, LossModule, cross_entropy
@@ -68,10 +69,12 @@ def train(job: TrainingJob) -> None:
     validation = open_split(job.tokens_dir, "validation", run.sequence_length, run.document_masks, run.mixture)
     model = _initial_model(job, index["vocab_size"])
     counts = count_weights(model)
+    zeros = GrowingSparsity(model, run.train.sparsify)
     engine = build_engine(LossModule(model, _loss(job)), run)
     del model  # a rank may need a part of it only
     checkpoints = Checkpoints(job.checkpoint_dir, engine, named_parts(engine), run)
     state = checkpoints.load()
+    zeros.look(engine)
     first_step = state.step
     leader = dist.get_rank() == 0
     log = MetricsLog(job.log_dir, state.step, run.tracking, job.name, flat_settings(run)) if leader else None
@@ -91,6 +94,7 @@ def train(job: TrainingJob) -> None:
                 batches = micro_batches(dataset, run, state.step, engine.device)
             loss = train_step(engine, batches, state.step)
         state.step += 1
+        zeros.grow(engine, state.step)
         state.receipt = next_link(state.receipt, state.step, batches.sample_ids)
         state.loss_tokens += batches.loss_tokens
         if receipts:
@@ -165,6 +169,8 @@ def _evaluate_and_keep_best(
     loss = evaluate(engine, validation, job.run, heartbeat)
     if log:
         log.write(state.step, validation_loss=loss)
+    if not job.run.train.sparsify.is_complete(state.step):
+        return  # weights that are yet to become zero make it better than it will be
     state.evals_without_improvement += 1
     if loss < state.best_loss:
         state.best_loss, state.evals_without_improvement = loss, 0
