@@ -210,7 +210,7 @@ def _failures(row: Row, by_name: Mapping[str, Row], gates: GatesConfig, unigram:
         if row.sparse == TWO_OF_FOUR:
             yield (
                 "2:4 sparsity is run by sparse tensor cores of NVIDIA GPUs from compute capability 8.0 on; its program "
-                "is dense and stores and multiplies every zero"
+                "is dense and stores and multiplies every zero. Prune to a smaller shape instead"
             )
         elif row.sparse is not None:
             yield f"{row.sparse} of its layers' weights are zeros, which its program stores and multiplies like others"

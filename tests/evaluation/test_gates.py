@@ -109,7 +109,7 @@ def test_candidates_that_earn_their_place_pass():
             "pruned",
             {"sparse": "2:4"},
             "2:4 sparsity is run by sparse tensor cores of NVIDIA GPUs from compute capability 8.0 on; its program is "
-            "dense and stores and multiplies every zero",
+            "dense and stores and multiplies every zero. Prune to a smaller shape instead",
         ),
         ("pruned", {"faults": ("0.5 of its scores are not finite",)}, "0.5 of its scores are not finite"),
         (

@@ -217,6 +217,8 @@ def _pruning_metrics(config: Config, name: str) -> dict[str, Any]:
     return {
         "source_parameters": 4_000_000,
         "parameters": 2_100_000,
+        "bytes": 9_400_000,
+        "source_bytes": 16_000_000,
         "shape": {name: (getattr(before, name), getattr(after, name)) for name in names},
         "importance": {
             "layers": [0.9, 0.2, 0.1, 0.3],
