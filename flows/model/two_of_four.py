@@ -31,7 +31,7 @@ def compress(weight: Tensor) -> tuple[Tensor, Tensor] | None:
     groups = weight.detach().unflatten(1, (-1, GROUP))
     if int((groups != 0).sum(-1).max()) > KEPT:
         return None
-    places = (groups == 0).to(torch.uint8).argsort(-1, stable=True)[..., :KEPT].sort(-1).values
+    places = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :KEPT].sort(-1).values
     values = groups.gather(-1, places).flatten(1)
     halves = (places[..., 0] + GROUP * places[..., 1]).to(torch.uint8).flatten()
     low, high = pad(halves, (0, len(halves) % 2)).view(-1, 2).unbind(1)
