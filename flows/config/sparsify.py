@@ -22,20 +22,6 @@ class SparsifyConfig:
     interval_steps: int = 10
     """Steps from one rise to the next."""
 
-    def due(self, step: int) -> bool:
-        """Whether the share rises after a step."""
-        since = step - self.begin_step
-        return bool(self.sparsity) and since > 0 and step <= self.end_step and since % self.interval_steps == 0
-
-    def share(self, step: int) -> float:
-        """Share of zeros after a step at which it rises."""
-        progress = (step - self.begin_step) / (self.end_step - self.begin_step)
-        return self.sparsity * (1 - (1 - progress) ** 3)
-
-    def is_complete(self, step: int) -> bool:
-        """Whether there are as many zeros as wanted after a step."""
-        return not self.sparsity or step >= self.end_step
-
     def __post_init__(self) -> None:
         require(
             0 <= self.sparsity < 1,

@@ -201,9 +201,13 @@ def _failures(row: Row, by_name: Mapping[str, Row], gates: GatesConfig, unigram:
     yield from _above("test loss", row.loss, base, base.loss, gates.max_loss_ratio, "max_loss_ratio")
     size, of_source = row.program_bytes / 1e6, source.program_bytes / 1e6
     if row.weight_bits is not None:
-        loss_name, bytes_name = (f"max_{row.weight_bits}bit_{measure}_ratio" for measure in ("loss", "bytes"))
-        yield from _above("test loss", row.loss, source, source.loss, getattr(gates, loss_name), loss_name)
-        yield from _above("program size in MB", size, source, of_source, getattr(gates, bytes_name), bytes_name)
+        most_loss, most_bytes = {
+            8: (gates.max_8bit_loss_ratio, gates.max_8bit_bytes_ratio),
+            4: (gates.max_4bit_loss_ratio, gates.max_4bit_bytes_ratio),
+        }[row.weight_bits]
+        name = f"max_{row.weight_bits}bit"
+        yield from _above("test loss", row.loss, source, source.loss, most_loss, f"{name}_loss_ratio")
+        yield from _above("program size in MB", size, source, of_source, most_bytes, f"{name}_bytes_ratio")
     else:
         most = gates.max_compressed_bytes_ratio
         yield from _above("program size in MB", size, source, of_source, most, "max_compressed_bytes_ratio")

@@ -20,6 +20,23 @@ from flows.training.fragments import held_fragments, spread_weights
 from flows.training.weight_parts import named_parts
 
 
+def is_due(config: SparsifyConfig, step: int) -> bool:
+    """Whether the share of zeros rises after a step."""
+    since = step - config.begin_step
+    return config.sparsity > 0 and since > 0 and step <= config.end_step and since % config.interval_steps == 0
+
+
+def share_of_zeros(config: SparsifyConfig, step: int) -> float:
+    """Share of zeros after a step at which it rises: equation 1 of the paper, from 0."""
+    progress = (step - config.begin_step) / (config.end_step - config.begin_step)
+    return config.sparsity * (1 - (1 - progress) ** 3)
+
+
+def has_all_zeros(config: SparsifyConfig, step: int) -> bool:
+    """Whether there are as many zeros as wanted after a step."""
+    return config.sparsity == 0 or step >= config.end_step
+
+
 class GrowingSparsity:
     """The matrices of a model's blocks, of which more and more weights are zero.
 
@@ -48,9 +65,9 @@ class GrowingSparsity:
     @torch.no_grad()
     def grow(self, engine: DeepSpeedEngine, step: int) -> None:
         """Sets weights to zero, and all that the optimizer remembers of them, where it is time to after `step`."""
-        if not self._config.due(step):
+        if not is_due(self._config, step):
             return
-        share = self._config.share(step)
+        share = share_of_zeros(self._config, step)
         for name, weight in self._gathered(engine):
             order = weight.abs().flatten().argsort(stable=True)[: round(share * weight.numel())]
             alive = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)

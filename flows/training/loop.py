@@ -36,7 +36,7 @@ from flows.training.engine import (
     validation_loss,
 )
 from flows.training.gradient_clipping import gradient_measures
-from flows.training.growing_sparsity import GrowingSparsity
+from flows.training.growing_sparsity import GrowingSparsity, has_all_zeros
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.objectives import Distillation, Loss, LossModule, cross_entropy
@@ -169,7 +169,7 @@ def _evaluate_and_keep_best(
     loss = evaluate(engine, validation, job.run, heartbeat)
     if log:
         log.write(state.step, validation_loss=loss)
-    if not job.run.train.sparsify.is_complete(state.step):
+    if not has_all_zeros(job.run.train.sparsify, state.step):
         return  # weights that are yet to become zero make it better than it will be
     state.evals_without_improvement += 1
     if loss < state.best_loss:

@@ -18,6 +18,7 @@ from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.sparsify import SparsifyConfig
 from flows.config.steps import StepConfig
 from flows.config.training import TrainConfig, TrainingRun
+from flows.training.growing_sparsity import has_all_zeros, is_due, share_of_zeros
 from tests.training.interruption import interrupted
 
 GROWING = SparsifyConfig(sparsity=0.5, begin_step=2, end_step=8, interval_steps=2)
@@ -34,15 +35,15 @@ def zeros(artifact: Artifact) -> dict[str, float]:
 
 def test_the_share_rises_as_published() -> None:
     config = SparsifyConfig(sparsity=0.8, begin_step=10, end_step=110, interval_steps=20)
-    due = [step for step in range(200) if config.due(step)]
+    due = [step for step in range(200) if is_due(config, step)]
     assert due == [30, 50, 70, 90, 110]
     # equation 1 of arXiv:1710.01878 with s_i = 0, s_f = 0.8, n = 5, spelt out
-    assert [config.share(step) for step in due] == pytest.approx(
+    assert [share_of_zeros(config, step) for step in due] == pytest.approx(
         [0.8 + (0 - 0.8) * (1 - k / 5) ** 3 for k in range(1, 6)]
     )
-    assert config.share(110) == 0.8
-    assert (config.is_complete(109), config.is_complete(110)) == (False, True)
-    assert not any(SparsifyConfig().due(step) for step in range(300))
+    assert share_of_zeros(config, 110) == 0.8
+    assert (has_all_zeros(config, 109), has_all_zeros(config, 110)) == (False, True)
+    assert not any(is_due(SparsifyConfig(), step) for step in range(300))
 
 
 @pytest.mark.parametrize(
