@@ -1,5 +1,3 @@
-# The harness calls what it hands over by position and names, untyped:
-# mypy: disable-error-code="no-untyped-call"
 """Tasks of the language model evaluation harness (`lm_eval`) on a candidate, from files of this machine alone."""
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from flows.config.compression import TasksConfig
 from flows.data.tokenizer import end_of_text_id, load_tokenizer
 from flows.evaluation.task_files import read_tasks
 
@@ -27,21 +24,24 @@ MAX_NEW_TOKENS = 256
 """Where a task of free text does not say."""
 
 
-def run_tasks(model: nn.Module, tokenizer_dir: Path, config: TasksConfig, sequence_length: int) -> dict[str, float]:
+def run_tasks(
+    model: nn.Module, tokenizer_dir: Path, tasks_dir: Path, max_examples: int | None, sequence_length: int
+) -> dict[str, float]:
     """Results by task and measure, e.g. {"my_choice acc": 0.42}; standard errors are left out.
 
     Args:
         model: Ids [B, L] to scores [B, L, V].
         tokenizer_dir: Its tokenizer.
-        config: Which tasks, and how much of each.
+        tasks_dir: Task files.
+        max_examples: Of each task; None = all.
         sequence_length: Longest context, in tokens; of longer ones the end is read.
     """
-    tasks = read_tasks(config.directory)
+    tasks = read_tasks(tasks_dir)
     found = simple_evaluate(
         CandidateLM(model, tokenizer_dir, sequence_length),
         tasks=list(tasks),
         task_manager=TaskManager(include_defaults=False),
-        limit=config.max_examples,
+        limit=max_examples,
         bootstrap_iters=0,
         log_samples=False,
     )

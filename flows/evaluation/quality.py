@@ -108,11 +108,12 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
 
 
 def _tasks(model: nn.Module, config: QualityConfig, parents: Mapping[str, Artifact]) -> dict[str, float]:
-    if config.tasks.directory is None:
+    tasks = config.tasks
+    if tasks.directory is None:
         return {}
     from flows.evaluation.harness import run_tasks  # an extra, which takes seconds to import
 
-    return run_tasks(model, parents["tokenizer"].path, config.tasks, config.sequence_length)
+    return run_tasks(model, parents["tokenizer"].path, tasks.directory, tasks.max_examples, config.sequence_length)
 
 
 @torch.no_grad()

@@ -53,8 +53,10 @@ def _read(path: Path) -> dict[str, Any]:
         task = YAML(typ="safe").load(path.read_text())  # refuses `!function`, which would run any code
     except YAMLError as error:
         raise ConfigError(f"{FIELD}: {path} is not plain YAML: {str(error).splitlines()[0]}. Remove tags.") from error
-    settings = task.get("dataset_kwargs") if isinstance(task, Mapping) else None
-    files = settings.get("data_files") if isinstance(settings, Mapping) else None
+    task = task if isinstance(task, Mapping) else {}
+    settings = task.get("dataset_kwargs")
+    settings = settings if isinstance(settings, Mapping) else {}
+    files = settings.get("data_files")
     if not isinstance(files, Mapping) or task.get("dataset_path") not in LOCAL_FORMATS or "task" not in task:
         raise ConfigError(
             f"{FIELD}: {path} must name its task and files on this machine. Set task, dataset_path to one of "

@@ -138,4 +138,5 @@ def unpack_int32(words: Tensor, bits: int, columns: int) -> Tensor:
     """
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     codes: Tensor = (words[..., None] >> shifts & 2**bits - 1).flatten(1)[:, :columns]
-    return (codes - 2 ** (bits - 1)).to(torch.int8)
+    signed: Tensor = (codes - 2 ** (bits - 1)).to(torch.int8)
+    return signed

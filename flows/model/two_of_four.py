@@ -28,7 +28,7 @@ def compress(weight: Tensor) -> tuple[Tensor, Tensor] | None:
     """
     if weight.dim() != 2 or weight.shape[1] % GROUP:
         return None
-    groups = weight.detach().unflatten(1, (-1, GROUP))
+    groups = torch.unflatten(weight.detach(), 1, (-1, GROUP))
     if int((groups != 0).sum(-1).max()) > KEPT:
         return None
     places = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :KEPT].sort(-1).values

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 from flows.config import ConfigError
-from flows.config.compression import TasksConfig
 from flows.data.tokenizer import END_OF_TEXT
 from flows.evaluation.task_files import check_tasks, fingerprint_tasks, read_tasks
 
@@ -29,7 +28,7 @@ metric_list: [{metric: acc}]
 """
 LETTERS = "abcdefgh"
 QUESTIONS = [("abc", ["d", "a"], 0), ("cd", ["b", "e"], 1), ("efg", ["ha", "hg"], 0), ("fg", ["h", "a"], 1)]
-"""The last one's answer is wrong."""
+"""The last one's answer is the wrong one."""
 
 
 class Alphabet(nn.Module):
@@ -71,8 +70,8 @@ def test_a_multiple_choice_task_is_answered(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     from flows.evaluation.harness import run_tasks
 
-    config = TasksConfig(directory=tasks_dir)
-    assert run_tasks(Alphabet(9), tokenizer_dir, config, 16) == {"letters acc": 0.75}
+    assert run_tasks(Alphabet(9), tokenizer_dir, tasks_dir, None, 16) == {"letters acc": 0.75}
+    assert run_tasks(Alphabet(9), tokenizer_dir, tasks_dir, 3, 16) == {"letters acc": 1.0}
 
 
 @pytest.mark.exhaustive
