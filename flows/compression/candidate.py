@@ -36,7 +36,7 @@ def load_candidate(directory: Path, kernels: Kernels = Kernels.reference) -> Dec
     quantization = read_json(directory).get("quantization_config")
     if quantization is None and read_json(directory).get("model_type") in KINDS:
         return load_transformers_model(directory).requires_grad_(False).eval()
-    if is_floating_point(directory):
+    if quantization is None or is_floating_point(directory):
         return load_decoder(directory, kernels).requires_grad_(False).eval()
     if quantization.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(

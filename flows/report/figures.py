@@ -231,7 +231,8 @@ def standalone(svg: Markup, style: str) -> str:
         svg: As made here.
         style: The style sheet, of which the first value of each variable counts.
     """
-    text = str(svg).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    root = f'<svg xmlns="http://www.w3.org/2000/svg" style="background: var({VARIABLES[PAPER]})" '
+    text = str(svg).replace("<svg ", root, 1)
     for variable in VARIABLES.values():
         found = re.search(rf"{variable}: (#[0-9a-f]+);", style)
         assert found is not None, f"{variable} is not in the style sheet"
