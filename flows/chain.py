@@ -69,8 +69,9 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
         name: run(Stage(f"{name}_program", "flows.export.program", None, {"model": model}))
         for name, model in models.items()
     }
+    compared = {"base": models[BASE], **data}
     qualities = {
-        name: run(Stage(f"{name}_quality", "flows.evaluation.quality", config.quality(), {"model": model, **data}))
+        name: run(Stage(f"{name}_quality", "flows.evaluation.quality", config.quality(), {"model": model, **compared}))
         for name, model in models.items()
     }
     latency = run(Stage("latency", "flows.evaluation.latency", config.evaluate.latency, programs))

@@ -10,6 +10,7 @@ from flows.config.model import Architecture, Kernels
 from flows.config.training import TrainingRun
 from flows.data.adopted_tokenizer import check_tokenizer, check_tokens_of
 from flows.data.sources import check_sources
+from flows.evaluation.task_files import check_tasks
 from flows.launcher.check import check_launcher
 from flows.serving.installation import check_server_available
 from flows.training.deepspeed_config import deepspeed_config
@@ -23,6 +24,8 @@ def check(config: Config) -> None:
     if config.data.tokenizer.directory is not None:
         check_tokenizer(config.data.tokenizer.directory)
     check_trackers(config.tracking)
+    if config.evaluate.tasks.directory is not None:
+        check_tasks(config.evaluate.tasks.directory)
     for run in config.training_runs().values():
         deepspeed_config(run)
         _check_weights(run)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping
 from typing import Any
 
-from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 
 from flows.chain import ChainResult
 from flows.report.number_format import count, duration, significant, size
-from flows.report.stage import REPORT
+from flows.report.stage import PLOTS, REPORT
 from flows.run_record import RunRecord
 
 
 def show_in_prefect(result: ChainResult, record: RunRecord) -> None:
-    """Creates the artifacts `candidates`, `verdict`, `stages` and `report` of the flow run that calls it.
+    """Creates the artifacts `candidates`, `pareto-size`, `pareto-latency`, `verdict`, `stages` and `report` of the flow
+    run that calls it.
 
     Args:
         result: What the chain made.
@@ -22,6 +29,9 @@ def show_in_prefect(result: ChainResult, record: RunRecord) -> None:
     """
     name = record.path.parent.name
     create_table_artifact(_candidates(result.gates.metrics), "candidates", f"Every model of {name}, measured alike")
+    for cost, file in PLOTS.items():
+        url = f"data:image/svg+xml;base64,{b64encode((result.report.path / file).read_bytes()).decode()}"
+        create_image_artifact(url, f"pareto-{cost}", f"Quality of every model of {name} against {cost}")
     create_markdown_artifact(_verdict(result), "verdict", f"What {name} put on the inference server")
     create_table_artifact(_stages(record.rows), "stages", f"What each stage of {name} did, and why")
     page = record.path.with_name(REPORT).absolute()
@@ -39,6 +49,11 @@ def _candidates(gates: Mapping[str, Any]) -> list[dict[str, str]]:
             "program": size(row["program_bytes"]),
             "p50": f"{significant(row['p50_ms'])} ms",
             "tokens/s": count(row["throughput"]),
+            "same first choice": f"{100 * row['agreement']:.1f} %",
+            "KL from base": significant(row["divergence"]),
+            "in memory": size(row["resident_bytes"]),
+            "CPU s per 1000 tokens": significant(row["cpu_s_per_1000_tokens"]),
+            "Pareto front": ", ".join(row["fronts"]),
             "reasons": "; ".join(row["reasons"]),
         }
         for row in gates["candidates"]

@@ -23,7 +23,7 @@ from flows.compression.compressed_tensors_layout import (
 )
 from flows.config.model import Kernels
 from flows.model.arithmetic import parameter_count
-from flows.model.checkpoint import WEIGHTS, load_decoder
+from flows.model.checkpoint import WEIGHTS, is_floating_point, load_decoder
 from flows.model.config_json import CONFIG, CheckpointError, read_config, read_json
 from flows.model.decoder import Decoder
 from flows.model.transformers_model import KINDS, TransformersModel, load_transformers_model
@@ -44,7 +44,7 @@ def load_candidate(directory: Path, kernels: Kernels = Kernels.reference) -> Dec
     quantization = read_json(directory).get("quantization_config")
     if quantization is None and read_json(directory).get("model_type") in KINDS:
         return load_transformers_model(directory).requires_grad_(False).eval()
-    if quantization is None:
+    if is_floating_point(directory):
         return load_decoder(directory, kernels).requires_grad_(False).eval()
     if quantization.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(

@@ -19,7 +19,7 @@ from flows.config.model import ModelConfig
 from flows.config.prune import PruneConfig, PruningConfig, pruned_shape
 from flows.data.tokenizer import copy_tokenizer
 from flows.model.arithmetic import parameter_count
-from flows.model.checkpoint import load_decoder, save_decoder
+from flows.model.checkpoint import WEIGHTS, load_decoder, save_decoder
 from flows.model.config_json import read_json
 from flows.model.decoder import Decoder
 
@@ -38,8 +38,9 @@ def build(directory: Path, config: PruningConfig, parents: Mapping[str, Artifact
         parents: `model`: a floating-point decoder; `tokens`.
 
     Returns:
-        `source_parameters`, `parameters`, `nonzero_parameters`, `shape` (before and after by setting), `importance`
-        (scores to draw), `layers` (sparsity of each matrix), `calibration`, `source_loss` and `loss` on it.
+        `source_parameters`, `parameters`, `bytes` and `source_bytes` of the weights files, `shape` (before and after by
+        setting), `importance` (scores to draw), `layers` (sparsity of each matrix), `calibration`, `source_loss` and
+        `loss` on it.
     """
     source_dir = parents["model"].path
     model = load_decoder(source_dir).requires_grad_(False).eval()
@@ -65,6 +66,8 @@ def build(directory: Path, config: PruningConfig, parents: Mapping[str, Artifact
         "shape": _changes(model.config, shape),
         "importance": _drawn(importance, kept, config.prune),
         "layers": [asdict(layer) for layer in sparsity],
+        "bytes": (directory / WEIGHTS).stat().st_size,
+        "source_bytes": sum(path.stat().st_size for path in source_dir.glob("*.safetensors")),
         "calibration": calibration.to_metrics(),
         "source_loss": importance.loss,
         "loss": mean_loss(small, calibration),

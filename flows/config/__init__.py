@@ -170,11 +170,15 @@ class Config:
 
     def sparse_candidates(self) -> dict[str, str]:
         """Candidates with zeros among their weights, by name: how many and in which pattern, in words."""
-        sparse: dict[str, str] = {}
+        growing = self.train.sparsify.sparsity
+        sparse = {BASE: f"{growing:g}"} if growing else {}
         for name, step in self.steps.items():
             settings = self.step_settings(name)
             if isinstance(settings, PruneConfig) and settings.sparsity:
                 sparse[name] = settings.pattern or f"{settings.sparsity:g}"
+                continue
+            if isinstance(settings, DistillConfig) and settings.train.sparsify.sparsity:
+                sparse[name] = f"{settings.train.sparsify.sparsity:g}"
                 continue
             source: str | None = step.source
             if isinstance(settings, DistillConfig) and not (settings.student_layers or settings.student_every):
@@ -182,6 +186,11 @@ class Config:
             if source in sparse:
                 sparse[name] = sparse[source]
         return sparse
+
+    def weight_bits(self) -> dict[str, int]:
+        """Bits of a stored weight of each quantized candidate, by name."""
+        settings = {name: self.step_settings(name) for name in self.steps}
+        return {name: one.weight_bits for name, one in settings.items() if isinstance(one, QuantizeConfig)}
 
     def training_runs(self) -> dict[str, TrainingRun]:
         """Training of the base model, and of each student, by candidate."""
@@ -237,6 +246,7 @@ class Config:
         """Measurement of each candidate on the test split."""
         return QualityConfig(
             max_tokens=self.evaluate.max_tokens,
+            tasks=self.evaluate.tasks,
             sequence_length=self.data.sequence_length,
             document_masks=self.data.document_masks,
             mixture=self.data.weights,
@@ -248,6 +258,7 @@ class Config:
             steps=self.steps,
             gates=self.evaluate.gates,
             candidate=self.publish.candidate,
+            weight_bits=self.weight_bits(),
             sparse=self.sparse_candidates(),
         )
 

@@ -20,6 +20,7 @@ def check_parallelism(run: TrainingRun) -> None:
     _check_experts(run)
     _check_kind_of_training(run)
     _check_fp8(run)
+    _check_quantization_aware(run)
 
 
 def _check_ranks(run: TrainingRun) -> None:
@@ -222,13 +223,67 @@ def _check_zeros(run: TrainingRun) -> None:
         ),
         f"{run.train_section}.lora.rank": (train.lora.rank, 0),
     }
+    if train.sparsify.sparsity:
+        shown_right[f"{run.model_section}.num_experts"] = (run.model.num_experts, 0)
+        shown_right[f"{run.model_section}.architecture"] = (run.model.architecture, Architecture.decoder)
+    kept = f"the sparse {run.start} to start from" if run.keep_zeros and run.start else None
+    growing = f"{run.train_section}.sparsify.sparsity={train.sparsify.sparsity:g}" if train.sparsify.sparsity else None
     for field, (value, only) in shown_right.items():
         require(
-            not run.keep_zeros or value == only,
+            not (kept or growing) or value == only,
             field,
             value,
-            f"cannot be combined with the sparse {run.start} to start from: its zeros would not stay zeros",
+            f"cannot be combined with {growing or kept}: its zeros would not stay zeros",
             f"Set {field}={only}, or prune after the training.",
+        )
+
+
+def _check_quantization_aware(run: TrainingRun) -> None:
+    config, engine = run.train.quantization_aware, run.engine
+    if config.scheme is None:
+        return
+    field = f"{run.train_section}.quantization_aware.scheme"
+    for name in ("pipeline_stages", "tensor_parallel_size", "sequence_parallel_size"):
+        require(
+            getattr(engine, name) == 1,
+            field,
+            config.scheme,
+            f"cannot be combined with engine.{name}={getattr(engine, name)}: a matrix is rounded by the rank that has "
+            "all of it",
+            f"Set engine.{name}=1 and share the work by engine.zero_stage=3.",
+        )
+    require(
+        engine.precision == Precision.fp32,
+        field,
+        config.scheme,
+        f"cannot be combined with engine.precision={engine.precision}: codes would be trained that those of the saved "
+        "float32 weights differ from",
+        "Set engine.precision=fp32.",
+    )
+    require(
+        run.model.num_experts == 0 and run.model.architecture == Architecture.decoder,
+        field,
+        config.scheme,
+        f"needs a decoder without experts, and {run.model_section} has num_experts={run.model.num_experts}, "
+        f"architecture={run.model.architecture}",
+        f"Set {field}=null.",
+    )
+    require(
+        not run.train.lora.enabled,
+        field,
+        config.scheme,
+        f"cannot be combined with {run.train_section}.lora.rank={run.train.lora.rank}: what adapters change is not "
+        "rounded",
+        f"Set {run.train_section}.lora.rank=0.",
+    )
+    heads = run.model.num_attention_heads * run.model.head_dim
+    for width in (run.model.hidden_size, run.model.intermediate_size, heads):
+        require(
+            config.bits == 8 or width % config.group_size == 0,
+            f"{run.train_section}.quantization_aware.group_size",
+            config.group_size,
+            f"must divide the {width} columns of a matrix of {run.model_section}",
+            f"Set a width that is a multiple of {config.group_size}.",
         )
 
 

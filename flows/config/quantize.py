@@ -89,6 +89,11 @@ class QuantizeConfig:
     """A layer whose weights keep a lower signal-to-quantization-noise ratio stays in floating point and is reported;
     null = 25 dB in INT8, 20 in FP8, 10 in 4 bits."""
 
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a stored weight, which decide what the gates demand; `mixed` is held to those of 8 bits."""
+        return 4 if self.scheme in (Scheme.w4a16, Scheme.w4a8) else 8
+
     def least_sqnr_db(self, scheme: Scheme) -> float:
         """What the weights of a layer must keep."""
         return LEAST_SQNR_DB[scheme] if self.min_sqnr_db is None else self.min_sqnr_db

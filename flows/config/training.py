@@ -20,6 +20,8 @@ from flows.config.lora import LoraConfig
 from flows.config.model import Kernels, ModelConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.parallelism import check_parallelism
+from flows.config.quantization_aware import QuantizationAwareConfig
+from flows.config.sparsify import SparsifyConfig
 from flows.config.tracking import TrackingConfig
 
 
@@ -58,6 +60,8 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     """Glob patterns of weights that keep every bit, e.g. `model.layers.0.*`; comes after `trainable`."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    sparsify: SparsifyConfig = field(default_factory=SparsifyConfig)
+    quantization_aware: QuantizationAwareConfig = field(default_factory=QuantizationAwareConfig)
     ema_decay: float = 0.0
     """Share of the old average kept at each step of an exponential moving average of the weights, in float32, which is
     then evaluated and saved as the model; 0 = none, 0.999 is usual. Rises with the steps: step / (step + 9) at most."""
@@ -90,6 +94,13 @@ class TrainConfig:
             self.ema_decay,
             "must be 0 or more and below 1, which would keep the first weights for ever",
             "Set train.ema_decay=0.999.",
+        )
+        require(
+            not self.sparsify.sparsity or self.sparsify.end_step <= self.max_steps,
+            "train.sparsify.end_step",
+            self.sparsify.end_step,
+            f"must not exceed train.max_steps={self.max_steps}: there would be fewer zeros than wanted",
+            "Set it to two thirds of train.max_steps.",
         )
         for name in ("trainable", "freeze"):
             patterns = list(getattr(self, name))

@@ -13,9 +13,12 @@ from flows.config.compression import GatesConfig, GatingConfig
 from flows.config.prune import TWO_OF_FOUR
 from flows.config.serving import AUTO_CANDIDATE
 from flows.config.steps import BASE, StepKind
+from flows.evaluation.pareto import front
 
 QUALITY, PROGRAM = "quality:", "program:"
 """What the roles of a candidate's measurements start with; its name follows."""
+COSTS = ("program_bytes", "p50_ms")
+"""What quality is weighed against."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,17 @@ class Row:
     p95_ms: float
     throughput: float
     """Tokens per second at the larger batch size."""
+    word_accuracy: float | None
+    agreement: float
+    divergence: float
+    """KL(base || candidate), nats per test token."""
+    resident_bytes: int
+    """Of a process that runs its program."""
+    cpu_s_per_1000_tokens: float
+    tasks: Mapping[str, float]
+    """Results of the evaluation harness by task and measure."""
+    weight_bits: int | None = None
+    """Of a quantized candidate."""
     loss_ratio: float | None = None
     """Over its source's, as are the next two."""
     bytes_ratio: float | None = None
@@ -55,6 +69,8 @@ class Row:
     passed: bool = False
     reasons: tuple[str, ...] = ()
     """A sentence for every gate that it fails."""
+    fronts: tuple[str, ...] = ()
+    """Costs for which it is on the Pareto front against loss, out of `COSTS`."""
 
 
 def build(directory: Path, config: GatingConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
@@ -77,7 +93,7 @@ def build(directory: Path, config: GatingConfig, parents: Mapping[str, Artifact]
 
 
 def judge(rows: list[Row], gates: GatesConfig, unigram_bits_per_byte: float) -> list[Row]:
-    """The rows with ratios, verdicts and reasons filled in.
+    """The rows with ratios, verdicts, reasons and Pareto fronts filled in.
 
     Args:
         rows: Every candidate as measured; each one's source is among them.
@@ -99,7 +115,8 @@ def judge(rows: list[Row], gates: GatesConfig, unigram_bits_per_byte: float) -> 
             )
         reasons = tuple(_failures(row, by_name, gates, unigram_bits_per_byte))
         judged.append(replace(row, passed=not reasons, reasons=reasons))
-    return judged
+    fronts = {cost: front(judged, cost) for cost in COSTS}
+    return [replace(row, fronts=tuple(cost for cost in COSTS if row.name in fronts[cost])) for row in judged]
 
 
 def choose(rows: list[Row], wanted: str) -> tuple[str | None, str]:
@@ -149,6 +166,13 @@ def _measured(parents: Mapping[str, Artifact], config: GatingConfig) -> list[Row
                 p50_ms=timing["p50_ms"],
                 p95_ms=timing["p95_ms"],
                 throughput=timing["throughput"]["tokens_per_s"],
+                word_accuracy=quality["word_accuracy"],
+                agreement=quality["agreement"],
+                divergence=quality["divergence"],
+                resident_bytes=timing["resident_bytes"],
+                cpu_s_per_1000_tokens=timing["cpu_s_per_1000_tokens"],
+                tasks=quality["tasks"],
+                weight_bits=config.weight_bits.get(name),
                 start=steps[name].start if name in steps else None,
                 faults=tuple(quality["faults"]),
                 sparse=config.sparse.get(name),
@@ -163,47 +187,44 @@ def _failures(row: Row, by_name: Mapping[str, Row], gates: GatesConfig, unigram:
         yield f"test loss is {row.loss}"
     if gates.beat_unigram and not row.bits_per_byte < unigram:
         yield f"bits per byte {row.bits_per_byte:.4g} does not beat the unigram model's {unigram:.4g}"
+    if gates.max_loss is not None and not row.loss <= gates.max_loss:
+        yield f"test loss {row.loss:.4g} is above evaluate.gates.max_loss={gates.max_loss:g}"
     if row.source is None:
         return
     source, base = by_name[row.source], by_name[BASE]
-
-    def above(what: str, value: float, reference: Row, of_reference: float, limit: float, name: str) -> Iterator[str]:
-        if not value / of_reference <= limit:
-            yield (
-                f"{what} {value:.4g} is {value / of_reference:.4g} x the {of_reference:.4g} of {reference.name}, "
-                f"above evaluate.gates.{name}={limit:g}"
-            )
-
-    yield from above("test loss", row.loss, base, base.loss, gates.max_loss_ratio, "max_loss_ratio")
+    if gates.max_divergence is not None and not row.divergence <= gates.max_divergence:
+        limit = f"evaluate.gates.max_divergence={gates.max_divergence:g}"
+        yield f"KL from {base.name} {row.divergence:.4g} nats per token is above {limit}"
+    if gates.min_agreement is not None and not row.agreement >= gates.min_agreement:
+        limit = f"evaluate.gates.min_agreement={gates.min_agreement:g}"
+        yield f"agreement with {base.name} {row.agreement:.4g} is below {limit}"
+    yield from _above("test loss", row.loss, base, base.loss, gates.max_loss_ratio, "max_loss_ratio")
     size, of_source = row.program_bytes / 1e6, source.program_bytes / 1e6
-    if row.kind == StepKind.quantize:
-        yield from above(
-            "test loss", row.loss, source, source.loss, gates.max_quantized_loss_ratio, "max_quantized_loss_ratio"
-        )
-        yield from above(
-            "program size in MB", size, source, of_source, gates.max_quantized_bytes_ratio, "max_quantized_bytes_ratio"
-        )
+    if row.weight_bits is not None:
+        most_loss, most_bytes = {
+            8: (gates.max_8bit_loss_ratio, gates.max_8bit_bytes_ratio),
+            4: (gates.max_4bit_loss_ratio, gates.max_4bit_bytes_ratio),
+        }[row.weight_bits]
+        name = f"max_{row.weight_bits}bit"
+        yield from _above("test loss", row.loss, source, source.loss, most_loss, f"{name}_loss_ratio")
+        yield from _above("program size in MB", size, source, of_source, most_bytes, f"{name}_bytes_ratio")
     else:
-        yield from above(
-            "program size in MB",
-            size,
-            source,
-            of_source,
-            gates.max_compressed_bytes_ratio,
-            "max_compressed_bytes_ratio",
-        )
+        most = gates.max_compressed_bytes_ratio
+        yield from _above("program size in MB", size, source, of_source, most, "max_compressed_bytes_ratio")
         if row.sparse == TWO_OF_FOUR:
             yield (
                 "2:4 sparsity is run by sparse tensor cores of NVIDIA GPUs from compute capability 8.0 on; its program "
-                "is dense and stores and multiplies every zero"
+                "is dense and stores and multiplies every zero. Prune to a smaller shape instead"
             )
         elif row.sparse is not None:
             yield f"{row.sparse} of its layers' weights are zeros, which its program stores and multiplies like others"
-    yield from above(
-        "p50 latency in ms",
-        row.p50_ms,
-        source,
-        source.p50_ms,
-        gates.max_compressed_latency_ratio,
-        "max_compressed_latency_ratio",
-    )
+    most = gates.max_compressed_latency_ratio
+    yield from _above("p50 latency in ms", row.p50_ms, source, source.p50_ms, most, "max_compressed_latency_ratio")
+
+
+def _above(what: str, value: float, reference: Row, of_reference: float, limit: float, name: str) -> Iterator[str]:
+    if not value / of_reference <= limit:
+        yield (
+            f"{what} {value:.4g} is {value / of_reference:.4g} x the {of_reference:.4g} of {reference.name}, "
+            f"above evaluate.gates.{name}={limit:g}"
+        )

@@ -1,4 +1,7 @@
-"""Stage: how long each candidate's program takes, in this process; candidates take turns, request by request."""
+"""Stage: how long each candidate's program takes, in this process; candidates take turns, request by request.
+
+Memory and processor seconds, which others in the same process would blur, are measured in a process for each.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from tqdm import tqdm
 
 from flows.artifact import Artifact, write_json_atomically
 from flows.config.compression import LatencyConfig
+from flows.evaluation.footprint import Load, measure_footprint
 from flows.export.runtime import Program
 
 Ids = NDArray[np.int64]
@@ -49,20 +53,23 @@ def build(directory: Path, config: LatencyConfig, parents: Mapping[str, Artifact
 
     Returns:
         For each candidate `p50_ms` and `p95_ms` of a request of `latency.batch_size`, and the fields of `Timing` below
-        `latency` and, at `latency.throughput_batch_size`, below `throughput`.
+        `latency` and, at `latency.throughput_batch_size`, below `throughput`, of whose requests
+        `cpu_s_per_1000_tokens` is, too; `resident_bytes` after a request of one row.
     """
     programs = {name: Program(artifact.path) for name, artifact in parents.items()}
     latency = take_turns(programs, config.batch_size, config.tokens, config.requests)
     fewer = max(20, config.requests * config.batch_size // config.throughput_batch_size)
     throughput = take_turns(programs, config.throughput_batch_size, config.tokens, fewer)
+    load = Load(config.throughput_batch_size, config.tokens, fewer)
     metrics = {
         name: {
+            **asdict(measure_footprint(artifact.path, load)),
             "p50_ms": latency[name].p50_ms,
             "p95_ms": latency[name].p95_ms,
             "latency": asdict(latency[name]),
             "throughput": asdict(throughput[name]),
         }
-        for name in programs
+        for name, artifact in parents.items()
     }
     write_json_atomically(directory / "latency.json", metrics)
     return metrics

@@ -1,4 +1,4 @@
-"""Stage: how well a candidate predicts the test split: loss, perplexity, accuracy, bits per byte."""
+"""Stage: how well a candidate predicts the test split, and how far it is from the base model there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 from tqdm import tqdm
 
 from flows.artifact import Artifact, write_json_atomically
@@ -23,9 +23,13 @@ from flows.config.model import Kernels
 from flows.data.mixture import open_split
 from flows.data.packed import IGNORED, Sequences
 from flows.evaluation.sanity import find_faults
+from flows.evaluation.task_files import fingerprint_tasks
+from flows.evaluation.words import WordMarks
 
 SCORES_LIMIT = 2**25
 """Scores held at once; bounds memory to a few times 128 MiB at any vocabulary size."""
+CHUNK_TOKENS = 256
+"""Tokens whose two distributions are compared at once."""
 PROMPTS, PROMPT_TOKENS = 4, 16
 """Beginnings of test sequences that a candidate must be able to go on from."""
 
@@ -41,9 +45,22 @@ class Quality:
     """Share of tokens that were the model's first choice."""
     bits_per_byte: float
     """Loss in bits, per byte of the text that the predicted tokens stand for."""
+    word_accuracy: float | None
+    """Share of words all of whose tokens were the model's first choice, as LAMBADA counts (arXiv:1606.06031); a word is
+    what stands between white space. None: the text has no words."""
+    agreement: float
+    """Share of tokens for which the model's first choice is the base model's."""
+    divergence: float
+    """KL(base || model), nats per token: what the model lacks of what the base model expects."""
     tokens: int
     """Tokens that were predicted; those that are not count neither in the loss nor in the bytes."""
     bytes: int
+    words: int
+
+
+def fingerprint(config: QualityConfig) -> str | None:
+    """Digest of the task files, where there are any."""
+    return None if config.tasks.directory is None else fingerprint_tasks(config.tasks.directory)
 
 
 def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
@@ -52,10 +69,11 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
     Args:
         directory: Where it goes.
         config: How much of the split is read.
-        parents: `model`, `tokens`, `tokenizer`.
+        parents: `model`, `base` (the base model, which `model` may be), `tokens`, `tokenizer`.
 
     Returns:
-        The fields of `Quality`, `parameters`, and `faults`, the sentences of `find_faults`.
+        The fields of `Quality`, `parameters`, `tasks` (results of the harness), and `faults`, the sentences of
+        `find_faults`.
 
     Raises:
         ConfigError: `evaluate.max_tokens` is less than one sequence, or the test split is.
@@ -69,33 +87,59 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
     )
     dataset = open_split(parents["tokens"].path, "test", config.sequence_length, config.document_masks, config.mixture)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_candidate(parents["model"].path, Kernels.auto).to(device)
+    paths = {role: parents[role].path for role in ("model", "base")}
+    models = {path: load_candidate(path, Kernels.auto).to(device) for path in {*paths.values()}}
+    model, base = models[paths["model"]], models[paths["base"]]
     token_bytes = np.load(parents["tokenizer"].path / "token_bytes.npy")
     sequences = config.max_tokens // config.sequence_length
     batch_size = max(1, min(16, SCORES_LIMIT // (config.sequence_length * model.vocab_size)))
-    quality = measure_quality(model, dataset, sequences, batch_size, token_bytes)
+    marks = WordMarks.of(parents["tokenizer"].path, token_bytes)
+    quality = measure_quality(model, base, dataset, sequences, batch_size, token_bytes, marks)
     prompts = np.stack([dataset[int(index)][:PROMPT_TOKENS] for index in dataset.first(PROMPTS)])
     faults = find_faults(model, torch.from_numpy(prompts).to(next(model.parameters()).device))
-    metrics = {**asdict(quality), "parameters": count_parameters(model), "faults": faults}
+    metrics = {
+        **asdict(quality),
+        "parameters": count_parameters(model),
+        "tasks": _tasks(model, config, parents),
+        "faults": faults,
+    }
     write_json_atomically(directory / "quality.json", metrics)
     return metrics
 
 
+def _tasks(model: nn.Module, config: QualityConfig, parents: Mapping[str, Artifact]) -> dict[str, float]:
+    tasks = config.tasks
+    if tasks.directory is None:
+        return {}
+    from flows.evaluation.harness import run_tasks  # an extra, which takes seconds to import
+
+    return run_tasks(model, parents["tokenizer"].path, tasks.directory, tasks.max_examples, config.sequence_length)
+
+
 @torch.no_grad()
 def measure_quality(
-    model: nn.Module, dataset: Sequences, sequences: int, batch_size: int, token_bytes: NDArray[Any]
+    model: nn.Module,
+    base: nn.Module,
+    dataset: Sequences,
+    sequences: int,
+    batch_size: int,
+    token_bytes: NDArray[Any],
+    marks: WordMarks,
 ) -> Quality:
     """Quality over `dataset`; every token but the first of a sequence, or of a document told apart, is predicted once.
 
     Args:
         model: Ids [B, L] to scores [B, L, V].
+        base: What it is compared with, of the same vocabulary; the model itself is not run twice.
         dataset: Sequences of L + 1 tokens.
         sequences: At most how many of them.
         batch_size: How many at once.
         token_bytes: UTF-8 bytes that each token stands for [V].
+        marks: Which tokens begin a word.
     """
     device = next(model.parameters()).device
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(4, dtype=torch.float64)
+    words = np.zeros(2, np.int64)
     tokens = text_bytes = 0
     chosen = dataset.first(sequences)
     with tqdm(desc="evaluate", total=len(chosen), unit="sequence", disable=None) as progress:
@@ -103,26 +147,47 @@ def measure_quality(
             rows = [dataset.row(int(index)) for index in chosen[start : start + batch_size]]
             inputs, targets, documents = (np.stack(part) for part in zip(*rows, strict=True))
             masks = {"document_ids_BL": torch.from_numpy(documents).to(device)} if documents.any() else {}
-            scores = model(torch.from_numpy(inputs).to(device), **masks)
-            total += _loss_and_hits(scores, torch.from_numpy(targets).to(device))
+            ids, expected = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+            scores = model(ids, **masks)
+            reference = scores if base is model else base(ids, **masks)
+            total += _sums(scores, reference, expected)
+            words += marks.count(targets, (scores.argmax(-1) == expected).cpu().numpy())
             predicted = targets[targets != IGNORED]
             tokens += predicted.size
             text_bytes += int(token_bytes[predicted].sum(dtype=np.int64))
             progress.update(len(rows))
     assert tokens > 0, "no token was predicted"
     assert text_bytes > 0, "the predicted tokens stand for no text"
-    loss, accuracy = (total / tokens).tolist()
+    loss, accuracy, agreement, divergence = (total / tokens).tolist()
     return Quality(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),  # a diverged model's must still be a number
         accuracy=accuracy,
         bits_per_byte=loss * tokens / math.log(2) / text_bytes,
+        word_accuracy=float(words[1] / words[0]) if words[0] else None,
+        agreement=agreement,
+        divergence=divergence,
         tokens=tokens,
         bytes=text_bytes,
+        words=int(words[0]),
     )
 
 
-def _loss_and_hits(scores: Tensor, targets: Tensor) -> Tensor:
-    flat, expected = scores.flatten(0, 1).float(), targets.flatten()
-    loss = cross_entropy(flat, expected, ignore_index=IGNORED, reduction="none").double().sum()
-    return torch.stack([loss, (flat.argmax(-1) == expected).double().sum()]).cpu()  # no token is `IGNORED`
+def _sums(scores: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+    """Over the tokens to predict: loss, hits, agreement with the reference, and divergence from it, float64 [4]."""
+    expected, all_mine, all_theirs = targets.flatten(), scores.flatten(0, 1), reference.flatten(0, 1)
+    total = torch.zeros(4, dtype=torch.float64)
+    chosen = (expected != IGNORED).nonzero().squeeze(-1)
+    for start in range(0, len(chosen), CHUNK_TOKENS):
+        part = chosen[start : start + CHUNK_TOKENS]
+        mine, theirs, wanted = all_mine[part].float(), all_theirs[part].float(), expected[part]
+        log_q, log_p = log_softmax(mine, -1), log_softmax(theirs, -1)
+        first = mine.argmax(-1)
+        found = (
+            cross_entropy(mine, wanted, reduction="none"),
+            first == wanted,
+            first == theirs.argmax(-1),
+            (log_p.exp() * (log_p - log_q)).sum(-1),
+        )
+        total += torch.stack([one.double().sum() for one in found]).cpu()
+    return total

@@ -22,6 +22,7 @@ from flows.config.model import Architecture, Kernels, ModelConfig
 from flows.model.config_json import CONFIG, CheckpointError, hugging_face_config, read_config, read_json
 from flows.model.decoder import Decoder
 from flows.model.transformers_model import TransformersModel, check_kind, load_transformers_model
+from flows.model.two_of_four import FORMAT, PLACES, VALUES, compressed_state, restore
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -41,6 +42,8 @@ def save_decoder(
     eos_token_id: int,
 ) -> None:
     """Writes a decoder so that `load_decoder` and transformers read it; each file appears whole, config.json last.
+
+    One whose matrices have 2:4 zeros is written without them; transformers then refuses it.
 
     Args:
         directory: Where to; made if missing.
@@ -69,14 +72,16 @@ def save_decoder(
         )
     directory.mkdir(parents=True, exist_ok=True)
     aside = directory / f".{WEIGHTS}.{os.getpid()}.tmp"
-    save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, aside, metadata={"format": "pt"})
+    written = compressed_state(state)
+    save_file({name: tensor.detach().contiguous() for name, tensor in written.items()}, aside, {"format": "pt"})
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     aside.replace(directory / WEIGHTS)
     dtype = str(dtypes.pop()).removeprefix("torch.")
-    write_json_atomically(
-        directory / CONFIG, hugging_face_config(config, vocab_size, max_position_embeddings, eos_token_id, dtype)
-    )
+    described = hugging_face_config(config, vocab_size, max_position_embeddings, eos_token_id, dtype)
+    if written.keys() != state.keys():
+        described["quantization_config"] = {"quant_method": FORMAT}
+    write_json_atomically(directory / CONFIG, described)
 
 
 def load_decoder(directory: Path, kernels: Kernels = Kernels.reference) -> Decoder:
@@ -89,7 +94,7 @@ def load_decoder(directory: Path, kernels: Kernels = Kernels.reference) -> Decod
     Raises:
         CheckpointError: A file or weight is missing, unknown, damaged or of another shape.
     """
-    if "quantization_config" in read_json(directory):
+    if not is_floating_point(directory):
         raise CheckpointError(
             f"{directory / CONFIG} has a quantization_config: its weights are not floating point. "
             "Load the model that it was made from."
@@ -101,6 +106,12 @@ def load_decoder(directory: Path, kernels: Kernels = Kernels.reference) -> Decod
     model.tie_weights()
     _copy_weights(model, directory)
     return model
+
+
+def is_floating_point(directory: Path) -> bool:
+    """Whether the weights of a model directory are numbers, not codes."""
+    described = read_json(directory).get("quantization_config")
+    return described is None or described.get("quant_method") == FORMAT
 
 
 def check_initial_weights(config: ModelConfig, section: str = "model") -> None:
@@ -211,12 +222,16 @@ def _copy_weights(model: Decoder, directory: Path) -> None:
     parameters = dict(model.named_parameters())  # a tied head is listed once, as the embedding
     tied = model.config.tie_word_embeddings
     files = {name: path for name, path in _weight_files(directory).items() if not name.endswith(_RECOMPUTED)}
+    packed = {name.removesuffix(VALUES) for name in files if name.endswith(VALUES)}
+    files = {name.removesuffix(VALUES): path for name, path in files.items() if not name.endswith(PLACES)}
     head_path = files.pop(_HEAD, None) if tied else None
     _check_names(parameters.keys(), files.keys(), str(directory))
     for path in sorted(set(files.values())):
         with _open(path) as file:
             for name in (name for name, holder in files.items() if holder == path):
-                tensor = file.get_tensor(name)
+                parts = (name + VALUES, name + PLACES) if name in packed else (name,)
+                tensor, *places = map(file.get_tensor, parts)
+                tensor = restore(tensor, *places) if places else tensor
                 _check_shape(name, tensor.shape, parameters[name].shape, str(path))
                 parameters[name].copy_(tensor)
     if head_path is not None:

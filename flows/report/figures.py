@@ -91,6 +91,10 @@ class Point:
     quantized: bool
     passed: bool
     chosen: bool
+    on_front: bool
+    """Whether no other candidate that passed is at least as good in both measures and better in one."""
+    note: str = ""
+    """What the pointer shows when it rests on the mark."""
 
 
 def curves(
@@ -148,22 +152,35 @@ def bars(values: Sequence[float], solid: Sequence[bool], gid: str, series: int, 
 
 
 def plane(
-    points: Sequence[Point], x_label: str, y_label: str, lines: Mapping[str, float], width: float, height: float
+    points: Sequence[Point],
+    x_label: str,
+    y_label: str,
+    lines: Mapping[str, float],
+    front_gid: str,
+    width: float,
+    height: float,
 ) -> Markup:
-    """A plot of candidates: shape tells the number format, a hollow mark a failed gate, a ring the one that was chosen.
+    """A plot of candidates and their Pareto front.
+
+    Shape tells the number format, a hollow mark with a cross a failed gate, grey one that is dominated, a ring the one
+    that was chosen.
 
     Args:
         points: The candidates.
         x_label: What the horizontal axis is, with its unit; it starts at zero.
         y_label: What the vertical axis is, with its unit.
         lines: Baselines to draw at a height, by their name.
+        front_gid: Id of the front's line.
         width: In points, 1/72 inch; the page scales it.
         height: In points.
     """
     with _plot(f"{y_label} against {x_label}", width, height) as (figure, axes):
         axes.set_title(y_label, loc="left", fontsize=9, color=MUTED)
+        front = sorted((point.x, point.y) for point in points if point.on_front)
+        if front:
+            axes.step(*zip(*front, strict=True), where="post", color=MUTED, linewidth=1.2, gid=front_gid)
         for point in points:
-            colour = SERIES[point.series]
+            colour = SERIES[point.series] if point.on_front or not point.passed else MUTED
             if point.chosen:
                 axes.plot(point.x, point.y, "o", markersize=15, markerfacecolor="none", markeredgecolor=colour)
             axes.plot(
@@ -176,6 +193,8 @@ def plane(
                 markeredgewidth=1.4,
                 gid=point.gid,
             )
+            if not point.passed:
+                axes.plot(point.x, point.y, "x", markersize=6, markeredgecolor=colour, markeredgewidth=1.4)
         axes.set_xlim(0, 1.2 * max(point.x for point in points))
         axes.margins(y=0.2)
         for value in lines.values():
@@ -198,7 +217,27 @@ def plane(
         for point in points:
             options = [{"ha": ha, "xy": (point.x, point.y), "xytext": offset} for ha, *offset in BESIDE_MARK]
             _write(axes, point.label, options, taken)
-        return _to_svg(figure, f"{y_label} against {x_label}")
+        svg = _to_svg(figure, f"{y_label} against {x_label}")
+    for point in points:
+        mark = Markup('<g id="{}">').format(point.gid)
+        svg = svg.replace(mark, mark + Markup("<title>{}</title>").format(point.note or point.label))
+    return svg
+
+
+def standalone(svg: Markup, style: str) -> str:
+    """A plot as a file of its own, with colours in the place of the page's.
+
+    Args:
+        svg: As made here.
+        style: The style sheet, of which the first value of each variable counts.
+    """
+    root = f'<svg xmlns="http://www.w3.org/2000/svg" style="background: var({VARIABLES[PAPER]})" '
+    text = str(svg).replace("<svg ", root, 1)
+    for variable in VARIABLES.values():
+        found = re.search(rf"{variable}: (#[0-9a-f]+);", style)
+        assert found is not None, f"{variable} is not in the style sheet"
+        text = text.replace(f"var({variable})", found[1])
+    return text.replace("font-family: inherit", "font-family: sans-serif")
 
 
 @contextmanager

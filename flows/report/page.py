@@ -54,7 +54,8 @@ def render(config: Config, parents: Mapping[str, Artifact]) -> str:
         rows=metrics["gates"]["candidates"],
         chosen=next((row for row in metrics["gates"]["candidates"] if row["name"] == metrics["gates"]["chosen"]), None),
         series=series,
-        figures=_candidate_figures(config, metrics) | _training_figures(config, metrics),
+        figures=candidate_figures(config, metrics) | _training_figures(config, metrics),
+        descents=tables.descents(config.steps),
         plans={name: tables.plan_rows(metrics[name]) for name in config.trained_candidates},
         objectives={name: _objective(run) for name, run in config.training_runs().items()},
         layers={
@@ -112,7 +113,8 @@ def _series(config: Config) -> dict[str, int]:
     return series
 
 
-def _candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, Markup]:
+def candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, Markup]:
+    """Quality against each cost, by the cost's name; candidates whose loss is no number are left out."""
     rows = [row for row in metrics["gates"]["candidates"] if math.isfinite(row["bits_per_byte"])]
     series = _series(config)
     baselines = {
@@ -131,10 +133,12 @@ def _candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, 
                 quantized=row["kind"] == StepKind.quantize,
                 passed=row["passed"],
                 chosen=row["name"] == metrics["gates"]["chosen"],
+                on_front=measure in row["fronts"],
+                note=f"{row['name']}: {'; '.join(row['reasons']) or 'passed'}",
             )
             for row in rows
         ]
-        return plane(points, x_label, "bits per byte", baselines, *FIGURE_SIZE)
+        return plane(points, x_label, "bits per byte", baselines, f"front-{measure}", *FIGURE_SIZE)
 
     return {
         "size": against("program_bytes", 1e6, "program size, MB"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from flows.artifact import Artifact, read_manifest
 from flows.config.quantize import QuantizeConfig
+from flows.config.steps import BASE, StepConfig
 
 WARM_DB = 20.0
 """A layer that is this much above the least ratio is shown plain."""
@@ -104,6 +105,15 @@ def check_counts(checks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def descents(steps: Mapping[str, StepConfig]) -> dict[str, str]:
+    """How each candidate came from the base model, e.g. `base → prune: small → distill by base: healed`."""
+    found = {BASE: BASE}
+    for name, step in steps.items():
+        how = f"{step.kind} by {step.source}" if step.start else step.kind
+        found[name] = f"{found[step.start or step.source]} → {how}: {name}"
+    return found
 
 
 def stage_times(artifacts: Mapping[str, Artifact], candidates: Sequence[str]) -> list[tuple[Artifact, float]]:

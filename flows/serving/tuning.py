@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,7 +175,7 @@ def describe(trial: Trial, config: TuneConfig) -> str:
     )
 
 
-def _with(export: ExportConfig, settings: Mapping[str, int]) -> ExportConfig:
+def _with(export: ExportConfig, settings: Mapping[str, Any]) -> ExportConfig:
     return replace(export, **settings)
 
 

@@ -35,6 +35,7 @@ from flows.training.nvme import reserve
 from flows.training.objectives import LossModule
 from flows.training.optimizers import build_optimizer
 from flows.training.pipeline import PipelineDecoder, merge_groups, pipeline_loss, pipeline_step
+from flows.training.quantization_aware import round_while_training
 from flows.training.sequence_parallel import share_sequences
 from flows.training.weight_average import keep_average
 
@@ -72,6 +73,8 @@ def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
         module.penalty = partial(balance_penalty, model, run)
     if run.engine.precision == Precision.fp8:
         multiply_in_fp8(model, get_accelerator().device_name())
+    if run.train.quantization_aware.scheme is not None:
+        round_while_training(model, run.train.quantization_aware)
     if run.engine.activation_checkpointing:
         _recompute_layers(model)
     if run.engine.pipeline_stages > 1:

@@ -34,6 +34,7 @@ from flows.training.engine import (
     validation_loss,
 )
 from flows.training.gradient_clipping import gradient_measures
+from flows.training.growing_sparsity import GrowingSparsity, has_all_zeros
 from flows.training.job import TrainingJob
 from flows.training.metrics_log import MetricsLog
 from flows.training.on_policy import taught_batches
@@ -70,10 +71,12 @@ def train(job: TrainingJob) -> None:
     read_records = None if cache is None else cache.records
     model = _initial_model(job, index["vocab_size"])
     counts = count_weights(model)
+    zeros = GrowingSparsity(model, run.train.sparsify)
     engine = build_engine(with_loss(model, job, cache), run)
     del model  # a rank may need a part of it only
     checkpoints = Checkpoints(job.checkpoint_dir, engine, named_parts(engine) | named_projections(engine), run)
     state = checkpoints.load()
+    zeros.look(engine)
     first_step = state.step
     leader = dist.get_rank() == 0
     log = MetricsLog(job.log_dir, state.step, run.tracking, job.name, flat_settings(run)) if leader else None
@@ -95,6 +98,7 @@ def train(job: TrainingJob) -> None:
                 batches = taught_batches(engine, batches, run, state.step, index["eos_token_id"])
             loss = train_step(engine, batches, state.step)
         state.step += 1
+        zeros.grow(engine, state.step)
         state.receipt = next_link(state.receipt, state.step, batches.sample_ids)
         state.loss_tokens += batches.loss_tokens
         if receipts:
@@ -169,6 +173,8 @@ def _evaluate_and_keep_best(
     loss = evaluate(engine, validation, job.run, heartbeat)
     if log:
         log.write(state.step, validation_loss=loss)
+    if not has_all_zeros(job.run.train.sparsify, state.step):
+        return  # weights that are yet to become zero make it better than it will be
     state.evals_without_improvement += 1
     if loss < state.best_loss:
         state.best_loss, state.evals_without_improvement = loss, 0

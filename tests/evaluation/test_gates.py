@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flows.artifact import Artifact
+from flows.config import ConfigError
 from flows.config.compression import GatesConfig, GatingConfig
 from flows.config.steps import StepConfig
 from flows.evaluation import gates
@@ -28,13 +29,34 @@ def row(name: str, **changes) -> Row:
     """A candidate that passes every gate."""
     p50, size = P50_MS[name], int(MEGABYTES[name] * 1e6)
     step = STEPS.get(name)
-    plain = Row(name, step and step.source, step and step.kind, 2.0, 2.5, 7.4, 0.5, 4_000_000, size, p50, 2 * p50, 1e4)
-    return replace(plain, start=step and step.start, **changes)
+    plain = Row(
+        name=name,
+        source=step and step.source,
+        kind=step and step.kind,
+        loss=2.0,
+        bits_per_byte=2.5,
+        perplexity=7.4,
+        accuracy=0.5,
+        parameters=4_000_000,
+        program_bytes=size,
+        p50_ms=p50,
+        p95_ms=2 * p50,
+        throughput=1e4,
+        word_accuracy=0.3,
+        agreement=0.9,
+        divergence=0.1,
+        resident_bytes=2 * size,
+        cpu_s_per_1000_tokens=0.02,
+        tasks={},
+        weight_bits=8 if step and step.quantize else None,
+        start=step and step.start,
+    )
+    return replace(plain, **changes)
 
 
-def table(**changes) -> dict[str, Row]:
+def table(gates: GatesConfig | None = None, **changes) -> dict[str, Row]:
     """Judged candidates by name; `changes` by name."""
-    rows = judge([row(name, **changes.get(name, {})) for name in ("base", *STEPS)], GatesConfig(), UNIGRAM)
+    rows = judge([row(name, **changes.get(name, {})) for name in ("base", *STEPS)], gates or GatesConfig(), UNIGRAM)
     return {judged.name: judged for judged in rows}
 
 
@@ -56,12 +78,12 @@ def test_candidates_that_earn_their_place_pass():
         (
             "base_int8",
             {"loss": 2.03},
-            "test loss 2.03 is 1.015 x the 2 of base, above evaluate.gates.max_quantized_loss_ratio=1.01",
+            "test loss 2.03 is 1.015 x the 2 of base, above evaluate.gates.max_8bit_loss_ratio=1.01",
         ),
         (
             "student_int8",
             {"program_bytes": 1_400_000},
-            "program size in MB 1.4 is 0.35 x the 4 of student, above evaluate.gates.max_quantized_bytes_ratio=0.3",
+            "program size in MB 1.4 is 0.35 x the 4 of student, above evaluate.gates.max_8bit_bytes_ratio=0.3",
         ),
         (
             "base_int8",
@@ -87,7 +109,7 @@ def test_candidates_that_earn_their_place_pass():
             "pruned",
             {"sparse": "2:4"},
             "2:4 sparsity is run by sparse tensor cores of NVIDIA GPUs from compute capability 8.0 on; its program is "
-            "dense and stores and multiplies every zero",
+            "dense and stores and multiplies every zero. Prune to a smaller shape instead",
         ),
         ("pruned", {"faults": ("0.5 of its scores are not finite",)}, "0.5 of its scores are not finite"),
         (
@@ -101,6 +123,72 @@ def test_each_gate_says_why(name, changes, reason):
     judged = table(**{name: changes})[name]
     assert judged.reasons == (reason,)
     assert not judged.passed
+
+
+@pytest.mark.parametrize(
+    ("changes", "reasons"),
+    [
+        ({"loss": 2.06, "program_bytes": 2_720_000}, []),
+        (
+            {"loss": 2.07, "program_bytes": 2_800_000},
+            [
+                "test loss 2.07 is 1.035 x the 2 of base, above evaluate.gates.max_4bit_loss_ratio=1.03",
+                "program size in MB 2.8 is 0.175 x the 16 of base, above evaluate.gates.max_4bit_bytes_ratio=0.17",
+            ],
+        ),
+    ],
+)
+def test_four_bits_are_held_to_limits_of_their_own(changes, reasons):
+    assert list(table(base_int8={"weight_bits": 4, **changes})["base_int8"].reasons) == reasons
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize(("size", "p50"), [(16_100_000, 10.1), (16_100_000, 9.0), (1_000_000, 10.1)])
+def test_what_is_not_smaller_or_not_faster_is_rejected_whatever_it_is(bits, size, p50):
+    judged = table(base_int8={"weight_bits": bits, "program_bytes": size, "p50_ms": p50})["base_int8"]
+    reasons = " ".join(judged.reasons)
+    assert ("program size in MB 16.1 is 1.006 x the 16 of base" in reasons) == (size > 16e6)
+    assert ("p50 latency in ms 10.1 is 1.01 x the 10 of base" in reasons) == (p50 > 10)
+    assert not judged.passed
+
+
+@pytest.mark.parametrize(
+    ("gate", "changes", "reason"),
+    [
+        ({"max_loss": 1.9}, {}, "test loss 2 is above evaluate.gates.max_loss=1.9"),
+        (
+            {"max_divergence": 0.2},
+            {"divergence": 0.21},
+            "KL from base 0.21 nats per token is above evaluate.gates.max_divergence=0.2",
+        ),
+        (
+            {"min_agreement": 0.8},
+            {"agreement": 0.79},
+            "agreement with base 0.79 is below evaluate.gates.min_agreement=0.8",
+        ),
+        ({"max_divergence": 0.2}, {"divergence": float("nan")}, "KL from base nan nats per token is above evaluate.ga"),
+    ],
+)
+def test_gates_that_are_off_unless_set(gate, changes, reason):
+    assert table(student=changes)["student"].passed
+    judged = table(GatesConfig(**gate), student=changes)
+    assert judged["student"].reasons[0].startswith(reason)
+    assert judged["base"].passed == ("max_loss" not in gate)
+
+
+def test_a_limit_that_nothing_can_keep_is_refused():
+    with pytest.raises(ConfigError, match=r"evaluate.gates.min_agreement=1.2 must lie between 0 and 1"):
+        GatesConfig(min_agreement=1.2)
+    with pytest.raises(ConfigError, match=r"evaluate.gates.max_divergence=0 must be greater than 0"):
+        GatesConfig(max_divergence=0)
+
+
+def test_fronts_are_told_for_size_and_for_latency():
+    rows = table(student={"loss": 2.1}, student_int8={"loss": 2.1}, base_int8={"loss": 2.0, "p50_ms": 11.0})
+    fronts = {name: judged.fronts for name, judged in rows.items() if judged.fronts}
+    assert "base_int8" not in fronts, "it was rejected"
+    assert fronts["student_int8"] == ("program_bytes", "p50_ms")
+    assert "student" not in fronts, "the same loss, larger and slower"
 
 
 def test_limits_themselves_pass():
@@ -173,13 +261,22 @@ def test_stage_reads_the_artifacts_of_every_candidate(tmp_path: Path):
     parents = {"baselines": measured({"unigram_bits_per_byte": UNIGRAM})}
     latency = {}
     for name, speed in {"base": 10.0, "base_int8": 6.0}.items():
-        quality = {"loss": 2.0, "bits_per_byte": 2.5, "perplexity": 7.4, "accuracy": 0.5, "faults": []}
+        quality = {"loss": 2.0, "bits_per_byte": 2.5, "perplexity": 7.4, "accuracy": 0.5, "word_accuracy": None}
+        quality |= {"agreement": 1.0, "divergence": 0.0, "tasks": {"choice acc": 0.25}, "faults": []}
         parents[f"quality:{name}"] = measured(quality)
         parents[f"program:{name}"] = measured({"parameters": 5, "program_bytes": 16_000_000 if name == "base" else 10})
         latency[name] = {"p50_ms": speed, "p95_ms": 2 * speed, "throughput": {"tokens_per_s": 3.0}}
+        latency[name] |= {"resident_bytes": 7, "cpu_s_per_1000_tokens": 0.5}
     parents["latency"] = measured(latency)
-    metrics = gates.build(tmp_path, GatingConfig(steps=STEPS, gates=GatesConfig(), candidate="auto"), parents)
+    metrics = gates.build(
+        tmp_path,
+        GatingConfig(steps=STEPS, gates=GatesConfig(), candidate="auto", weight_bits={"base_int8": 8}),
+        parents,
+    )
     assert metrics["chosen"] == "base_int8"
     assert [candidate["name"] for candidate in metrics["candidates"]] == ["base", "base_int8"]
     assert metrics["candidates"][1]["p95_ms"] == 12.0
+    assert metrics["candidates"][1]["weight_bits"] == 8
+    assert metrics["candidates"][1]["tasks"] == {"choice acc": 0.25}
+    assert metrics["candidates"][1]["resident_bytes"] == 7
     assert json.loads((tmp_path / "gates.json").read_text())["chosen"] == "base_int8"

@@ -79,6 +79,8 @@ def test_stage_measures_every_candidate_at_both_batch_sizes(tmp_path):
     metrics = latency.build(tmp_path, LatencyConfig(tokens=16, requests=200), parents)
     assert list(metrics) == ["base", "base_int8"]
     for timing in metrics.values():
+        assert 0 < timing["resident_bytes"] < 2**30
+        assert timing["cpu_s_per_1000_tokens"] > 0
         assert timing["p50_ms"] == timing["latency"]["p50_ms"] > 0
         assert timing["latency"]["batch_size"] == 1
         assert timing["latency"]["requests"] == 200

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from flows.artifact import Artifact
 from flows.compression import quantize
@@ -17,7 +19,8 @@ from flows.config.model import ModelConfig
 from flows.config.quantize import QuantizeConfig, QuantizingConfig
 from flows.data.packed import PackedDataset
 from flows.evaluation import quality
-from flows.evaluation.quality import measure_quality
+from flows.evaluation.quality import Quality, measure_quality
+from flows.evaluation.words import WordMarks
 from flows.model.checkpoint import save_decoder
 from flows.model.decoder import Decoder, initialize
 
@@ -47,17 +50,25 @@ def parents(tmp_path: Path) -> dict[str, Artifact]:
     token_bytes = random.integers(1, 5, VOCAB)
     token_bytes[0] = 0
     np.save(tmp_path / "tokenizer" / "token_bytes.npy", token_bytes)
+    pieces = {"Ġ" * (number % 3 == 0) + f"w{number}": number for number in range(VOCAB)}  # every third begins a word
+    Tokenizer(models.WordLevel(pieces, "Ġw0")).save(str(tmp_path / "tokenizer" / "tokenizer.json"))
     model = Decoder(CONFIG, VOCAB)
     initialize(model, seed=0)
     save_decoder(tmp_path / "model", model.state_dict(), CONFIG, VOCAB, LENGTH, 0)
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     (tmp_path / "quality").mkdir()
-    return {name: artifact(tmp_path / name) for name in ("model", "tokens", "tokenizer")}
+    named = {name: artifact(tmp_path / name) for name in ("model", "tokens", "tokenizer")}
+    return {**named, "base": named["model"]}
 
 
 def stream(parents) -> np.ndarray:
     files = sorted(parents["tokens"].path.glob("*.bin"))
     return np.concatenate([np.fromfile(file, "<u2") for file in files]).astype(np.int64)
+
+
+def measured(model, dataset, sequences, batch_size, token_bytes, base=None) -> Quality:
+    marks = WordMarks(np.arange(VOCAB) % 3 == 0, np.ones(VOCAB, bool))
+    return measure_quality(model, base or model, dataset, sequences, batch_size, token_bytes, marks)
 
 
 def test_measures_follow_their_definitions(tmp_path, parents):
@@ -90,15 +101,56 @@ def test_a_model_that_knows_nothing_has_the_entropy_of_the_vocabulary(parents):
     model = load_candidate(parents["model"].path)
     model.lm_head.weight.zero_()
     dataset = PackedDataset(parents["tokens"].path, "test", LENGTH)
-    found = measure_quality(model, dataset, 20, 3, np.full(VOCAB, 2))
+    found = measured(model, dataset, 20, 3, np.full(VOCAB, 2))
     assert found.loss == pytest.approx(math.log(VOCAB), rel=1e-6)
     assert found.bits_per_byte == pytest.approx(math.log2(VOCAB) / 2, rel=1e-6)
+
+
+def test_distance_from_the_base_model_follows_its_definition(parents, monkeypatch):
+    """Against sums in float64; in chunks of any size, without holding all scores."""
+    base, model = (load_candidate(parents["model"].path) for _ in range(2))
+    generator = torch.Generator().manual_seed(1)
+    for weight in model.parameters():
+        weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
+    dataset = PackedDataset(parents["tokens"].path, "test", LENGTH)
+    ids = torch.from_numpy(np.stack([dataset.row(index).input_ids_L for index in range(20)]))
+    with torch.no_grad():
+        log_p, log_q = base(ids).double().log_softmax(-1), model(ids).double().log_softmax(-1)
+    expected = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    agreement = float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean())
+    assert 0 < agreement < 1
+    for chunk in (7, 256):
+        monkeypatch.setattr(quality, "CHUNK_TOKENS", chunk)
+        found = measured(model, dataset, 20, 3, np.ones(VOCAB, int), base)
+        # log-probabilities near ln 260 in float32, of which differences are taken: 2^-24 x ln 260 x a few operations
+        assert found.divergence == pytest.approx(expected, abs=4e-6)
+        assert found.agreement == agreement
+    own = measured(base, dataset, 20, 3, np.ones(VOCAB, int))
+    assert (own.divergence, own.agreement) == (0.0, 1.0)
+
+
+def test_words_are_counted_over_all_rows(parents):
+    model = load_candidate(parents["model"].path)
+    dataset = PackedDataset(parents["tokens"].path, "test", LENGTH)
+    targets = np.stack([dataset.row(index).targets_L for index in range(20)])
+    inputs = torch.from_numpy(np.stack([dataset.row(index).input_ids_L for index in range(20)]))
+    with torch.no_grad():
+        right = (model(inputs).argmax(-1).numpy() == targets).tolist()
+    words = hits = 0
+    for row, row_right in zip(targets.tolist(), right, strict=True):
+        begins = [place for place, token in enumerate(row) if token % 3 == 0]
+        for first, after in itertools.pairwise(begins):
+            words += 1
+            hits += all(row_right[first:after])
+    found = measured(model, dataset, 20, 3, np.ones(VOCAB, int))
+    assert found.words == words > 20
+    assert found.word_accuracy == hits / words
 
 
 def test_batches_of_any_size_agree(parents):
     model = load_candidate(parents["model"].path)
     dataset = PackedDataset(parents["tokens"].path, "test", LENGTH)
-    results = [measure_quality(model, dataset, 20, size, np.ones(VOCAB, int)) for size in (1, 7, 20)]
+    results = [measured(model, dataset, 20, size, np.ones(VOCAB, int)) for size in (1, 7, 20)]
     assert {result.tokens for result in results} == {320}
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
     assert results[0].loss == pytest.approx(results[2].loss, rel=1e-6)
@@ -121,13 +173,16 @@ def test_int8_is_measured_by_the_same_stage(tmp_path, parents):
     assert int8["loss"] != floating["loss"]
     assert int8["loss"] == pytest.approx(floating["loss"], rel=0.01)
     assert int8["parameters"] == floating["parameters"]
+    assert (floating["divergence"], floating["agreement"]) == (0.0, 1.0)
+    assert 0 < int8["divergence"] < 0.01
+    assert 0.8 < int8["agreement"] <= 1
 
 
 def test_a_diverged_model_is_measured_not_hidden(parents):
     model = load_candidate(parents["model"].path)
     model.lm_head.weight.fill_(float("nan"))
     dataset = PackedDataset(parents["tokens"].path, "test", LENGTH)
-    found = measure_quality(model, dataset, 2, 2, np.ones(VOCAB, int))
+    found = measured(model, dataset, 2, 2, np.ones(VOCAB, int))
     assert math.isnan(found.loss)
     assert math.isnan(found.bits_per_byte)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from flows.artifact import Artifact
 from flows.chain import ChainResult
 from flows.config import Config
 from flows.config.serving import PublishConfig
+from flows.report.stage import PLOTS
 from flows.run_record import RunRecord
 from flows.show_in_prefect import show_in_prefect
 from tests.report.made_up_run import BITS_PER_BYTE, STEPS, make_run
@@ -37,6 +39,8 @@ def prefect_server() -> Iterator[None]:
 
 def shown(parents: dict[str, Artifact], directory: Path) -> dict[str, Any]:
     """Data of the flow run's artifacts by key, as the server has them."""
+    for file in PLOTS.values():
+        (parents["corpus"].path / file).write_text("<svg/>")
     published = parents.get("publish")
     result = ChainResult(parents["gates"], parents["corpus"], parents.get("passport"), published)
     record = RunRecord(directory / "runs" / CONFIG.name / "stages.json", {}, ROWS)
@@ -63,6 +67,10 @@ def test_a_published_run(tmp_path: Path) -> None:
         "student_int8": "chosen",
     }
     assert candidates["student_int8"]["program"] == "1.60 MB"
+    assert candidates["student_int8"]["Pareto front"] == "program_bytes, p50_ms"
+    assert candidates["student_int8"]["in memory"] == "3.20 MB"
+    assert b64decode(artifacts["pareto-size"].rpartition(",")[2]) == b"<svg/>"
+    assert artifacts["pareto-latency"].startswith("data:image/svg+xml;base64,")
     assert "p50 latency in ms 9.87 is 1.049 x" in candidates["base_int8"]["reasons"]
     assert "tiny version 3 is published" in artifacts["verdict"]
     assert "| checks passed | 297 of 297 |" in artifacts["verdict"]

@@ -101,8 +101,20 @@ def make_run(
         program = {"program_bytes": PROGRAM_BYTES[name], "parameters": PROGRAM_BYTES[name] // 4, "opset": 20}
         add(f"program:{name}", 6.5, [name], program)
         loss = bits_per_byte[name] * BYTES_PER_TOKEN * math.log(2)
-        quality = Quality(loss, math.exp(loss), 0.62 - loss / 25, bits_per_byte[name], 131_072, 446_955)
-        add(f"quality:{name}", 8.2, [name, "tokens", "tokenizer"], {**asdict(quality), "faults": []})
+        quality = Quality(
+            loss=loss,
+            perplexity=math.exp(loss),
+            accuracy=0.62 - loss / 25,
+            bits_per_byte=bits_per_byte[name],
+            word_accuracy=0.3 - loss / 50,
+            agreement=1.0 if name == "base" else 0.97,
+            divergence=0.0 if name == "base" else 0.0213,
+            tokens=131_072,
+            bytes=446_955,
+            words=61_000,
+        )
+        others = {"tasks": {"my_choice acc": 0.5 - loss / 50}, "faults": []}
+        add(f"quality:{name}", 8.2, [name, "base", "tokens", "tokenizer"], {**asdict(quality), **others})
     add("latency", 11.4, [f"program:{name}" for name in config.candidates], _latency_metrics(config))
 
     measured = [role for role in made if ":" in role] + ["latency", "baselines"]
@@ -212,6 +224,8 @@ def _pruning_metrics(config: Config, name: str) -> dict[str, Any]:
     return {
         "source_parameters": 4_000_000,
         "parameters": 2_100_000,
+        "bytes": 9_400_000,
+        "source_bytes": 16_000_000,
         "shape": {name: (getattr(before, name), getattr(after, name)) for name in names},
         "importance": {
             "layers": [0.9, 0.2, 0.1, 0.3],
@@ -233,6 +247,7 @@ def _latency_metrics(config: Config) -> dict[str, Any]:
         one = Timing(1, 200, p50, 1.18 * p50, 1000 / p50, 128_000 / p50)
         eight = Timing(8, 25, 7 * p50, 8 * p50, 140 / p50, 8 * 128 * 140 / p50)
         metrics[name] = {"p50_ms": p50, "p95_ms": 1.18 * p50, "latency": vars(one), "throughput": vars(eight)}
+        metrics[name] |= {"resident_bytes": 2 * PROGRAM_BYTES[name], "cpu_s_per_1000_tokens": 0.004 * p50}
     return metrics
 
 

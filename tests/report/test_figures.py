@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from flows.config import Config
-from flows.report.figures import Curve, Point, curves, plane
-from flows.report.page import _training_figures
+from flows.report.figures import Curve, Point, curves, plane, standalone
+from flows.report.page import STYLE_SHEET, TEMPLATES, _training_figures
 from tests.report.made_up_run import STEPS, training_metrics
 
 WRITTEN_DIGITS = 1e-6
@@ -71,11 +71,11 @@ def test_a_long_curve_is_simplified_by_less_than_the_eye_sees() -> None:
 
 def test_candidates_stand_where_their_numbers_say() -> None:
     points = [
-        Point("a", "base", 17.1, 2.48, 0, quantized=False, passed=True, chosen=False),
-        Point("b", "student", 6.0, 2.69, 1, quantized=False, passed=True, chosen=False),
-        Point("c", "base_int8", 4.4, 2.49, 0, quantized=True, passed=False, chosen=False),
+        Point("a", "base", 17.1, 2.48, 0, quantized=False, passed=True, chosen=False, on_front=True),
+        Point("b", "student", 6.0, 2.69, 1, quantized=False, passed=True, chosen=False, on_front=True),
+        Point("c", "base_int8", 4.4, 2.49, 0, quantized=True, passed=False, chosen=False, on_front=True),
     ]
-    svg = str(plane(points, "size, MB", "bits per byte", BASELINES, 390, 250))
+    svg = str(plane(points, "size, MB", "bits per byte", BASELINES, "front", 390, 250))
     places = [next(one for one in element(svg, point.gid).iter() if one.tag == "use") for point in points]
     for axis in ("x", "y"):
         pixels = np.array([float(place.attrib[axis]) for place in places])
@@ -84,15 +84,49 @@ def test_candidates_stand_where_their_numbers_say() -> None:
     assert {"base", "student", "base_int8", "unigram 3.08", "xz -9 2.20"} <= texts
 
 
-def test_a_rejected_candidate_is_hollow_and_the_chosen_one_ringed() -> None:
-    point = Point("a", "base", 1.0, 2.5, 0, quantized=False, passed=True, chosen=False)
+def test_the_front_is_a_staircase_through_the_candidates_that_are_on_it() -> None:
+    places = [(6.0, 2.69), (17.1, 2.48), (4.4, 2.9), (17.1, 2.7)]
+    points = [
+        Point(f"p{number}", f"p{number}", x, y, 0, quantized=False, passed=True, chosen=False, on_front=number < 3)
+        for number, (x, y) in enumerate(places)
+    ]
+    svg = str(plane(points, "size, MB", "bits per byte", BASELINES, "front", 390, 250))
+    stairs = [(4.4, 2.9), (6.0, 2.9), (6.0, 2.69), (17.1, 2.69), (17.1, 2.48)]
+    corners = drawn(svg, "front")
+    assert len(corners) == len(stairs)
+    for axis in (0, 1):
+        assert_affine(corners[:, axis], np.array(stairs)[:, axis], WRITTEN_DIGITS)
+    assert "fill: var(--muted)" in ElementTree.tostring(element(svg, "p3"), encoding="unicode")
+    assert "fill: var(--series-0)" in ElementTree.tostring(element(svg, "p0"), encoding="unicode")
+
+
+def test_a_mark_says_why_it_was_rejected() -> None:
+    note = "base_int8: p50 latency in ms 9.87 is 1.049 x the 9.41 of base <&>"
+    point = Point("a", "base_int8", 1.0, 2.5, 0, quantized=True, passed=False, chosen=False, on_front=False, note=note)
+    svg = str(plane([point], "size, MB", "bits per byte", BASELINES, "front", 390, 250))
+    assert element(svg, "a")[0].text == note
+    assert 'id="front"' not in svg
+
+
+def test_a_plot_stands_alone_in_the_light_colours_of_the_page() -> None:
+    point = Point("a", "base", 1.0, 2.5, 0, quantized=False, passed=True, chosen=False, on_front=True)
+    style = (TEMPLATES / STYLE_SHEET).read_text()
+    svg = standalone(plane([point], "size, MB", "bits per byte", BASELINES, "front", 390, 250), style)
+    assert "var(" not in svg
+    assert "#0067a8" in svg
+    assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_a_rejected_candidate_is_crossed_and_the_chosen_one_ringed() -> None:
+    point = Point("a", "base", 1.0, 2.5, 0, quantized=False, passed=True, chosen=False, on_front=True)
     passed, rejected, chosen = (
-        str(plane([one], "size, MB", "bits per byte", BASELINES, 390, 250))
+        str(plane([one], "size, MB", "bits per byte", BASELINES, "front", 390, 250))
         for one in (point, replace(point, passed=False), replace(point, chosen=True))
     )
     assert "fill: var(--series-0)" in passed
     assert "fill: var(--series-0)" not in rejected
     assert "fill: var(--card)" in rejected
+    assert rejected.count("<use") == passed.count("<use") + 1
     assert chosen.count("<use") == passed.count("<use") + 1
 
 
@@ -100,11 +134,11 @@ def test_a_rejected_candidate_is_hollow_and_the_chosen_one_ringed() -> None:
 def test_crowded_names_cover_neither_each_other_nor_marks(places: tuple[float, ...]) -> None:
     names = [f"student_pruned_{number}" for number in range(len(places))]
     near = [
-        Point(name, name, x, 2.5, 0, quantized=False, passed=True, chosen=False)
+        Point(name, name, x, 2.5, 0, quantized=False, passed=True, chosen=False, on_front=True)
         for name, x in zip(names, places, strict=True)
     ]
-    svg = str(plane(near, "size, MB", "bits per byte", BASELINES, 390, 250))
-    boxes = [text_box(one) for one in ElementTree.fromstring(svg).iter() if one.text in names]
+    svg = str(plane(near, "size, MB", "bits per byte", BASELINES, "front", 390, 250))
+    boxes = [text_box(one) for one in ElementTree.fromstring(svg).iter() if one.tag == "text" and one.text in names]
     assert len(boxes) == len(names)
     marks = [next(one for one in element(svg, name).iter() if one.tag == "use") for name in names]
     for mark in marks:

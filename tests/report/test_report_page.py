@@ -109,6 +109,22 @@ def test_every_candidate_is_shown_with_its_numbers_and_reasons(html: str, run: d
     assert "p50 latency in ms 9.87 is 1.049 x the 9.41 of base" in text
 
 
+def test_quality_and_cost_of_every_candidate_with_its_line_of_descent(html: str) -> None:
+    text = Page(html).text
+    assert "student_int8 size, p50 97.0 % 0.0213" in text
+    assert "3.20 MB 0.0127 base → distill: student → quantize: student_int8" in text
+    assert "base_int8 rejected 97.0 %" in text
+    assert "my_choice acc" in text
+    assert 'id="front-program_bytes"' in html
+    assert "<title>base_int8: p50 latency in ms 9.87 is 1.049 x" in html
+
+
+def test_the_plots_are_files_too(run: dict[str, Artifact], tmp_path: Path) -> None:
+    build(tmp_path / "report", CONFIG, run)
+    for file in stage.PLOTS.values():
+        assert ">student_int8</text>" in (tmp_path / "report" / file).read_text()
+
+
 def test_says_why_nothing_was_published(tmp_path: Path) -> None:
     run = make_run(tmp_path / "store", CONFIG, WORSE_THAN_UNIGRAM)
     text = Page(build(tmp_path / "report", CONFIG, run)).text

@@ -10,7 +10,7 @@ from flows.config.quantize import QuantizeConfig, Scheme
 from flows.report import tables
 from flows.report.lineage import Drawing, draw_lineage
 from flows.report.number_format import count, duration, significant, size
-from tests.report.made_up_run import STEPS, make_run
+from tests.report.made_up_run import PRUNE_STEPS, STEPS, make_run
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,12 @@ def test_lineage_leads_from_the_data_to_the_version_without_short_cuts(tmp_path:
     places = {(node.x, node.y) for node in drawing.nodes}
     assert len(places) == len(drawing.nodes), "no box lies on another"
     assert "version 3" in {node.title for node in drawing.nodes}
+
+
+def test_a_line_of_descent_follows_the_weights() -> None:
+    found = tables.descents(PRUNE_STEPS)
+    assert found["healed"] == "base → prune: pruned → distill by base: healed"
+    assert tables.descents(STEPS)["student_int8"] == "base → distill: student → quantize: student_int8"
 
 
 def test_stages_are_timed_in_the_order_of_the_chain(tmp_path: Path) -> None:
