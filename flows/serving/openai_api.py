@@ -28,7 +28,7 @@ from flows.config.checks import require
 from flows.serving.chat_prompt import ChatPrompt, ControlTokenError
 from flows.serving.client import TYPES
 from flows.serving.openai_requests import ChatRequest, CompletionRequest, Request
-from flows.serving.publish import complete_versions
+from flows.serving.repository import complete_versions
 
 SUFFIX = "_text"
 STATUS_BY_MESSAGE = {"wait already": 429, "timeout_ms has passed": 504, "is not found": 404, "not ready": 404}
