@@ -180,9 +180,7 @@ class ServeConfig:
                 "Set it to 0 for any free port.",
             )
         require(
-            (self.openai_port is None and not self.replicas)
-            or self.api_keys_path is not None
-            or self.host in LOOPBACK,
+            (self.openai_port is None and not self.replicas) or self.api_keys_path is not None or self.host in LOOPBACK,
             "serve.host",
             self.host,
             "is reachable from other machines, and serve.api_keys_path is null: anybody could use the models",

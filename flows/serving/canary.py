@@ -42,9 +42,7 @@ class Answers:
     """Time in the server, of those that were no errors."""
 
     def __add__(self, other: Answers) -> Answers:
-        return Answers(
-            self.requests + other.requests, self.errors + other.errors, self.seconds + other.seconds
-        )
+        return Answers(self.requests + other.requests, self.errors + other.errors, self.seconds + other.seconds)
 
     def since(self, before: Answers) -> Answers:
         """What came since."""

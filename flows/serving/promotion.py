@@ -36,8 +36,8 @@ def canary(repository: Path, model_name: str, share: float, version: int | None 
         busy = [name for name in others if read_aliases(repository, name).share]
         if busy:
             raise ReleaseError(
-                f"{busy[0]} is under canary with share {read_aliases(repository, busy[0]).share:g}, and one share holds "
-                f"for all models. First: python -m flows.promote promote {busy[0]}, or abort {busy[0]}."
+                f"{busy[0]} is under canary with share {read_aliases(repository, busy[0]).share:g}, and one share "
+                f"holds for all models. First: python -m flows.promote promote {busy[0]}, or abort {busy[0]}."
             )
         check_proven(repository, model_name, chosen)
         after = replace(before, candidate=chosen, share=share)

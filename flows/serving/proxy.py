@@ -26,7 +26,7 @@ from flows.serving.server import InferenceServer, die_with_parent
 
 STOP_GRACE_S = 2.0
 ORDER_TIMEOUT_S = 30.0
-OLDEST_VERSION = (2, 4)
+OLDEST_VERSION = (2, 6)
 """`balance hash`, h2 to servers and retries of whole requests together."""
 
 
@@ -138,8 +138,11 @@ class Proxy:
     def _order(self, about: str, order: str) -> None:
         with self._lock:
             self._orders[about] = order
-            if answer := self._say(order).strip():
-                raise ServerError(f"HAProxy refuses {order!r}: {answer}")
+            answer = [
+                line for line in self._say(order).splitlines() if line and "by 'stats socket command'" not in line
+            ]
+            if answer and not answer[0].startswith("no need to change"):  # it tells what it changed, too
+                raise ServerError(f"HAProxy refuses {order!r}: {' '.join(answer)}")
 
     def _say(self, words: str) -> str:
         with self._lock, socket.socket(socket.AF_UNIX) as connection:

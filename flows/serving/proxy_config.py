@@ -1,7 +1,7 @@
 """haproxy.cfg, generated: how requests find a replica, and which are repeated when one dies.
 
-- **Pools.** `live` and, during a canary, `candidate`. A draw for each request decides; requests with the same `x-session`
-  header always draw the same. The share lies in a map that is changed while the proxy runs. `x-release: candidate` or
+- **Pools.** `live` and, during a canary, `candidate`. A draw for each request decides; requests with the same
+  `x-session` header always draw the same. The share lies in a map that is changed while the proxy runs. `x-release: candidate` or
   `live` asks for a pool. Without a ready server of the candidate everything goes to the live ones.
 - **Affinity.** Requests with the same `x-session`, or else texts with the same beginning, go to the same replica by a
   consistent hash with bounded loads (arXiv:1608.01350), because it holds the keys and values of that beginning. Token
@@ -35,7 +35,8 @@ LOAD_BOUND_PERCENT = 150
 """No replica gets more than this share of the mean load for the sake of affinity."""
 CANDIDATE = "candidate"
 HTTP_PATHS = (
-    r"^/v2(/health/(live|ready)|/models/[^/]+(/versions/[0-9]+)?(/ready|/config|/infer|/generate|/generate_stream)?)?/?$"
+    r"^/v2(/health/(live|ready)|/models/[^/]+(/versions/[0-9]+)?"
+    r"(/ready|/config|/infer|/generate|/generate_stream)?)?/?$"
 )
 GRPC_PATHS = (
     r"^/inference\.GRPCInferenceService/"
@@ -74,7 +75,7 @@ class ProxySettings:
 
     @property
     def key_digests(self) -> Path:
-        """sha256 of `Bearer <key>` of each key; so the proxy holds no key, and comparing takes the same time for all."""
+        """sha256 of `Bearer <key>` of each key; so the proxy holds no key, and comparing tells none."""
         return self.directory / "keys.sha256"
 
 
@@ -89,8 +90,16 @@ def render(settings: ProxySettings) -> str:
     plain_grpc = "" if tls else " proto h2"
     blocks = [
         _globals(settings),
-        _frontend(settings, "http", settings.http_address, tls and f"{tls} alpn h2,http/1.1", _guard(settings, HTTP_PATHS)),
-        _frontend(settings, "grpc", settings.grpc_address, f"{tls} alpn h2" if tls else plain_grpc, _guard(settings, GRPC_PATHS)),
+        _frontend(
+            settings, "http", settings.http_address, tls and f"{tls} alpn h2,http/1.1", _guard(settings, HTTP_PATHS)
+        ),
+        _frontend(
+            settings,
+            "grpc",
+            settings.grpc_address,
+            f"{tls} alpn h2" if tls else plain_grpc,
+            _guard(settings, GRPC_PATHS),
+        ),
         _frontend(settings, "grpc", settings.inner_grpc_address, " proto h2", [], name="inner_grpc"),
         *(_backend(pool, protocol, settings.replicas) for pool in Pool for protocol in ("http", "grpc")),
         _metrics(settings),
@@ -145,7 +154,7 @@ def _frontend(
     settings: ProxySettings, protocol: str, address: str, options: str, guard: Sequence[str], name: str = ""
 ) -> str:
     is_text = "path_end /ModelStreamInfer" if protocol == "grpc" else "path_sub /generate"
-    # The beginning of a gRPC message is its length and the names of inputs; their bytes, 4 of length first, are field 7.
+    # A gRPC message begins with its length and the names of inputs; their bytes, 4 of length first, are field 7.
     beginning = f"ungrpc(7),bytes(4,{SESSION_BYTES})" if protocol == "grpc" else f"bytes(0,{SESSION_BYTES})"
     enough = 8 if protocol == "grpc" else SESSION_BYTES  # a stream stays open, and its first message comes whole
     rules = [

@@ -91,8 +91,8 @@ def record_published(repository: Path, model_name: str, version: int, *, live: b
         if is_recorded(repository, model_name, version) and not (live and aliases.candidate == version):
             return
     else:
-        others = [*complete_versions(repository, model_name)[:-3:-1], None, None]
-        aliases = Aliases(*[other for other in others if other != version][:2])  # as they were before it came
+        before = [other for other in complete_versions(repository, model_name) if other != version]
+        aliases = Aliases(live=before[-1] if before else None, previous=before[-2] if before[1:] else None)
     if live or aliases.live is None:
         after = with_live(aliases, version)
     else:
@@ -146,7 +146,7 @@ def record(
 
 def content_digest(repository: Path, model_name: str, version: int) -> str:
     """sha256 over all that a server loads of a version: both models, and how they were configured with it."""
-    files = {}
+    files: dict[str, str] = {}
     for name in model_names(model_name):
         place = repository / name / str(version)
         files |= {f"{name}/{file}": digest for file, digest in version_digests(place).items()}

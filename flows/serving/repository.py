@@ -1,4 +1,4 @@
-"""The model repository on disk: names, versions that are complete, and the lock that keeps writers and loaders apart."""
+"""The model repository on disk: names, complete versions, and the lock that keeps writers and loaders apart."""
 
 from __future__ import annotations
 
