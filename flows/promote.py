@@ -9,9 +9,9 @@
     python -m flows.promote rollback quickstart                      `previous` is live again
 
 Only versions whose files match their passport are released. `flows.train publish.live=false` publishes as the
-candidate, too. A running `flows.serve` follows within serve.poll_interval_s, without a failed request; a canary needs its
-serve.replicas=1 or more, and is taken back by it on wrong answers, errors or slowness. Clients need to do nothing: who
-names no version gets the live one. Every change is a line of model_repo/<name>/releases.jsonl.
+candidate, too. A running `flows.serve` follows within serve.poll_interval_s, without a failed request; a canary needs
+its serve.replicas=1 or more, and is taken back by it on wrong answers, errors or slowness. Clients need to do nothing:
+who names no version gets the live one. Every change is a line of model_repo/<name>/releases.jsonl.
 """
 
 from __future__ import annotations

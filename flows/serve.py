@@ -6,8 +6,8 @@
     python -m flows.serve serve.replicas=2         two servers behind HAProxy, and one more for a canary
 
 Versions that are published or promoted while it runs are loaded without a failed request; `python -m flows.promote`
-says which is live. With replicas, a server that dies or hangs is replaced while the others answer. Ctrl-C lets requests in
-flight end.
+says which is live. With replicas, a server that dies or hangs is replaced while the others answer. Ctrl-C lets requests
+in flight end.
 """
 
 from __future__ import annotations

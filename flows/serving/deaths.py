@@ -60,7 +60,7 @@ class DeathWatch:
             if self._ended:
                 return
             known = {pid for pid, _ in self._watched.values()}
-            found = {self._server_pid: ("", "")} | self._model_processes()
+            found = {self._server_pid: ("", "")} | model_processes(self._server_pid)
             for pid in found.keys() - known:
                 with suppress(ProcessLookupError):
                     self._watched[os.pidfd_open(pid)] = (pid, found[pid])
@@ -87,17 +87,18 @@ class DeathWatch:
         if pid == self._server_pid:
             return "the server has ended"
         # A version that the view has dropped, or whose process was replaced, has been unloaded on purpose.
-        if not Path(file).exists() or (file, instance) in self._model_processes().values():
+        if not Path(file).exists() or (file, instance) in model_processes(self._server_pid).values():
             return ""
         return f"the process of {instance}, version {Path(file).parent.name}, has ended"
 
-    def _model_processes(self) -> dict[int, tuple[str, str]]:
-        """Model file and instance by process id, for those that are alive."""
-        found = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError, IndexError):
-                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-                words = stat.with_name("cmdline").read_bytes().split(b"\0")
-                if int(session) == self._server_pid and state != "Z" and words[0].endswith(STUB):
-                    found[int(stat.parent.name)] = (words[1].decode(), words[INSTANCE].decode())
-        return found
+
+def model_processes(server_pid: int) -> dict[int, tuple[str, str]]:
+    """Model file and instance by process id, for the processes of a server's models that are alive."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, IndexError):
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            words = stat.with_name("cmdline").read_bytes().split(b"\0")
+            if int(session) == server_pid and state != "Z" and words[0].endswith(STUB):
+                found[int(stat.parent.name)] = (words[1].decode(), words[INSTANCE].decode())
+    return found

@@ -11,7 +11,8 @@ import json
 import stat
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flows.config.checks import require
 from flows.serving.chat_prompt import ChatPrompt, ControlTokenError
-from flows.serving.client import TYPES
+from flows.serving.client import BROKEN, TYPES
 from flows.serving.openai_requests import ChatRequest, CompletionRequest, Request
 from flows.serving.releases import read_aliases
 from flows.serving.repository import TEXT_SUFFIX, published_names
 
+REPEATS = 5
 STATUS_BY_MESSAGE = {"wait already": 429, "timeout_ms has passed": 504, "is not found": 404, "not ready": 404}
 
 
@@ -211,6 +213,21 @@ async def _events(
 
 
 async def _generate(address: str, model: str, inputs: Sequence[dict[str, Any]]) -> AsyncIterator[Piece]:
+    """Pieces of all choices as they come; asks again if the server goes away before the first, which a proxy cannot."""
+    for repeats_left in reversed(range(REPEATS + 1)):
+        has_begun = False
+        try:
+            async with aclosing(_ask(address, model, inputs)) as pieces:
+                async for piece in pieces:
+                    has_begun = True
+                    yield piece
+            return
+        except InferenceServerException as error:
+            if has_begun or error.status() != BROKEN or not repeats_left:
+                raise
+
+
+async def _ask(address: str, model: str, inputs: Sequence[dict[str, Any]]) -> AsyncGenerator[Piece]:
     """Pieces of all choices as they come; one connection, closed when nobody listens any more."""
     async with grpc.InferenceServerClient(address) as client:
 

@@ -1,8 +1,8 @@
 """haproxy.cfg, generated: how requests find a replica, and which are repeated when one dies.
 
 - **Pools.** `live` and, during a canary, `candidate`. A draw for each request decides; requests with the same
-  `x-session` header always draw the same. The share lies in a map that is changed while the proxy runs. `x-release: candidate` or
-  `live` asks for a pool. Without a ready server of the candidate everything goes to the live ones.
+  `x-session` header always draw the same. The share lies in a map that is changed while the proxy runs. The header
+  `x-release: candidate`, or `live`, asks for a pool. Without a ready candidate everything goes to the live servers.
 - **Affinity.** Requests with the same `x-session`, or else texts with the same beginning, go to the same replica by a
   consistent hash with bounded loads (arXiv:1608.01350), because it holds the keys and values of that beginning. Token
   ids to score go round.
@@ -10,7 +10,8 @@
   infer, switch servers on and off through the admin socket.
 - **Repeated** on another replica are requests whose connection was refused, or closed before the first byte of the
   answer: inference changes nothing, so doing it twice harms nobody. Not repeated are answers that have begun (their
-  reader has seen a part) and requests of more than `BUFFER_BYTES`, which the proxy cannot keep.
+  reader has seen a part), requests of more than `BUFFER_BYTES`, which the proxy cannot keep, and gRPC streams, which
+  may go on: their clients see UNAVAILABLE, as gRPC means it, and repeat what was not answered. Ours do.
 - **Closed.** What changes or asks one server instead of the service: loading, shared memory, tracing, logging,
   statistics. With a file of keys, requests without one of them.
 """
