@@ -189,7 +189,8 @@ class Client:
                     raise error
                 strings = [result.as_numpy(name)[0].decode() for name in COMPLETION[:2]]
                 numbers = [int(result.as_numpy(name)[0]) for name in COMPLETION[2:]]
-                completion = Completion(*strings, *numbers, result.get_response().model_version)
+                version = str(result.get_response().model_version)
+                completion = Completion(strings[0], strings[1], numbers[0], numbers[1], version)
                 ended = bool(completion.finish_reason)
                 yield completion
         finally:

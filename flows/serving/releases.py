@@ -179,7 +179,8 @@ def check_proven(repository: Path, model_name: str, version: int) -> None:
                     f"{digest[:12]} as its passport says. Publish the version again; it is not released."
                 )
     event = _published(repository, model_name, version)
-    if event and event.get("content") != content_digest(repository, model_name, version):
+    found = {"passport": digest_file(place / PASSPORT), "content": content_digest(repository, model_name, version)}
+    if event and any(event[name] != digest for name, digest in found.items()):
         raise ReleaseError(
             f"{place} has changed since it was published at {event['at']} (its passport, its configuration, or "
             "files.json). Publish the version again; it is not released."
