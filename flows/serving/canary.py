@@ -2,7 +2,8 @@
 
 Wrongly: scores that its server gives for made-up inputs differ from those of the version's own program, whose equality
 with the trained model its passport proves, by more than the passport's tolerance. Failing and slow: against the live
-version, on the same traffic, in the same time, from the servers' own counters.
+version, on the same traffic, in the same time, from the proxy's count of HTTP errors and the servers' own counters,
+which know the time of every request but no errors that a model answers with.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from tritonclient.utils import InferenceServerException
 from flows.config.canary import CanaryConfig
 from flows.export.runtime import Program
 from flows.serving.client import Client, Transport
+from flows.serving.installation import ServerError
 from flows.serving.promotion import abort
 from flows.serving.releases import ReleaseError
 from flows.serving.repository import PASSPORT, model_names
+from flows.serving.served_view import Pool
 from flows.serving.server import InferenceServer
 
 logger = logging.getLogger(__name__)
@@ -139,6 +142,7 @@ class CanaryWatch:
         version: The candidate.
         live: The version that it is compared with.
         servers: The candidate's server and those of the live version, as they are at the moment.
+        answers: HTTP requests that a pool has answered so far, and how many of them with an error of the server's.
         config: Intervals and limits.
     """
 
@@ -149,10 +153,11 @@ class CanaryWatch:
         version: int,
         live: int,
         servers: Callable[[], tuple[InferenceServer | None, Sequence[InferenceServer]]],
+        answers: Callable[[Pool], tuple[int, int]],
         config: CanaryConfig,
     ) -> None:
         self._repository, self._model_name, self._config = repository, model_name, config
-        self._versions, self._servers = (version, live), servers
+        self._versions, self._servers, self._answers = (version, live), servers, answers
         self._samples = Samples(repository, model_name, version, config.samples)
         self._before: dict[str, tuple[Answers, Answers]] = {}
         self._stopping = threading.Event()
@@ -192,7 +197,14 @@ class CanaryWatch:
                 )
             except OSError:  # a server is being started again
                 continue
-            before = self._before.setdefault(model, now)
-            if why := judge(now[0].since(before[0]), now[1].since(before[1]), self._config):
-                return f"{model}: {why}"
-        return ""
+            if why := self._compare(model, *now):
+                return why
+        try:
+            return self._compare("HTTP", Answers(*self._answers(Pool.candidate)), Answers(*self._answers(Pool.live)))
+        except ServerError:  # the proxy is being started again
+            return ""
+
+    def _compare(self, what: str, candidate: Answers, live: Answers) -> str:
+        before = self._before.setdefault(what, (candidate, live))
+        why = judge(candidate.since(before[0]), live.since(before[1]), self._config)
+        return why and f"{what}: {why}"

@@ -31,6 +31,7 @@ SESSION_BYTES = 256
 DRAWS = 10_000
 """The share of a canary is exact to one part of so many."""
 LONGEST_ANSWER_S = 600
+LONGEST_BODY_S = 60
 RETRIES = 5
 LOAD_BOUND_PERCENT = 150
 """No replica gets more than this share of the mean load for the sake of affinity."""
@@ -157,7 +158,6 @@ def _frontend(
     is_text = "path_end /ModelStreamInfer" if protocol == "grpc" else "path_sub /generate"
     # A gRPC message begins with its length and the names of inputs; their bytes, 4 of length first, are field 7.
     beginning = f"ungrpc(7),bytes(4,{SESSION_BYTES})" if protocol == "grpc" else f"bytes(0,{SESSION_BYTES})"
-    enough = 8 if protocol == "grpc" else SESSION_BYTES  # a stream stays open, and its first message comes whole
     rules = [
         *guard,
         "http-request set-var(txn.session) req.hdr(x-session) if { req.hdr(x-session) -m found }",
@@ -166,8 +166,10 @@ def _frontend(
         f"http-request set-var(txn.share) str({CANDIDATE}),map_str_int({settings.shares},0)",
         f"http-request set-var(txn.share) int({DRAWS}) if {{ req.hdr(x-release) {CANDIDATE} }}",
         "http-request set-var(txn.share) int(0) if { req.hdr(x-release) live }",
-        # as long as that: a stream may be opened long before its first message
-        f"http-request wait-for-body time {LONGEST_ANSWER_S}s at-least {enough} if {{ {is_text} }} METH_POST",
+        # HAProxy repeats only what it has whole before it passes the first byte on.
+        f"http-request wait-for-body time {LONGEST_BODY_S}s if METH_POST !{{ path_end /ModelStreamInfer }}",
+        # A stream stays open; its first message comes whole, maybe long after the stream.
+        f"http-request wait-for-body time {LONGEST_ANSWER_S}s at-least 8 if {{ path_end /ModelStreamInfer }}",
         f"http-request set-var(txn.session) req.body,{beginning} if {{ {is_text} }} !{{ var(txn.session) -m found }}",
         f"use_backend {backend_name(Pool.candidate, protocol)} if {{ var(txn.draw),sub(txn.share) lt 0 }} "
         f"{{ srv_is_up({backend_name(Pool.candidate, protocol)}/{CANDIDATE}) }}",

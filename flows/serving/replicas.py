@@ -185,6 +185,7 @@ class ReplicatedServer:
                 wanted.version,
                 wanted.live,
                 lambda: (self.candidate.server if self.candidate else None, self.servers()),
+                self.proxy.answers,
                 self._options.canary,
             )
             self._watch.start()
