@@ -19,7 +19,7 @@ from flows.compose import run_cli
 from flows.config import Config, ConfigError
 from flows.serving.installation import check_server_available
 from flows.serving.predict import predict as predict_rows
-from flows.serving.publish import complete_versions
+from flows.serving.repository import complete_versions
 from flows.serving.server import InferenceServer
 
 

@@ -3,25 +3,33 @@
     python -m flows.serve                          on publish.model_repo, over HTTP, gRPC and Prometheus metrics
     python -m flows.serve serve.http_port=9000     on another port; 0 = any free one
     python -m flows.serve serve.openai_port=8080   with an interface like OpenAI's beside
+    python -m flows.serve serve.replicas=2         two servers behind HAProxy, and one more for a canary
 
-Versions that are published while it runs are loaded without a failed request. Ctrl-C lets requests in flight end.
+Versions that are published or promoted while it runs are loaded without a failed request; `python -m flows.promote`
+says which is live. With replicas, a server that dies or hangs is replaced while the others answer. Ctrl-C lets requests
+in flight end.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
+import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from flows.config import Config
 from flows.serving.installation import check_server_available
-from flows.serving.publish import lock_repository
-from flows.serving.server import InferenceServer
-from flows.serving.watch import RepositoryWatcher, find_models, repository_state
+from flows.serving.repository import TEXT_SUFFIX, lock_repository
+from flows.serving.served_view import Pool, ServedView
+from flows.serving.server import PREFIX, InferenceServer
+from flows.serving.watch import RepositoryWatcher, check_published
 
 logger = logging.getLogger(__name__)
 
@@ -31,67 +39,120 @@ def serve(config: Config) -> None:
 
     Raises:
         ConfigError: The repository is empty, or a port is taken.
-        ServerError: No server is installed, a model cannot be loaded, or the server ended.
+        ServerError: No server or proxy is installed, a model cannot be loaded, or the server ended.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    repository, options = config.publish.model_repo, config.serve
-    find_models(repository)
-    check_server_available()
+    check_published(config.publish.model_repo)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     with ExitStack() as running:
-        with lock_repository(repository):  # nobody publishes while the versions to load are being chosen
-            state = repository_state(repository)
-            logger.info("Loading %s from %s", ", ".join(state), repository)
-            server = running.enter_context(
-                InferenceServer(
-                    repository,
-                    list(state),
-                    config.artifacts_dir / f"serve-{options.http_port}.log",
-                    host=options.host,
-                    http_port=options.http_port,
-                    grpc_port=options.grpc_port,
-                    metrics_port=options.metrics_port,
-                    startup_timeout_s=options.startup_timeout_s,
-                    exit_timeout_s=options.exit_timeout_s,
-                )
+        # Named like what a server leaves behind, so that the next one sweeps it up, too.
+        scratch = tempfile.TemporaryDirectory(prefix=f"{PREFIX}-{os.getpid()}-")
+        directory = Path(running.enter_context(scratch))
+        serve_until = _serve_replicas if config.serve.replicas else _serve_alone
+        serve_until(config, directory, stop, running)
+        logger.info("Stopping; requests in flight have %s s to end.", config.serve.exit_timeout_s)
+
+
+def _serve_alone(config: Config, directory: Path, stop: threading.Event, running: ExitStack) -> None:
+    repository, options = config.publish.model_repo, config.serve
+    check_server_available()
+    view = ServedView(repository, directory / "view", Pool.live)
+    with lock_repository(repository):  # nobody publishes while the versions to load are being chosen
+        state = view.refresh()
+        logger.info("Loading %s from %s", ", ".join(state), repository)
+        server = running.enter_context(
+            InferenceServer(
+                view.path,
+                list(state),
+                config.artifacts_dir / f"serve-{options.http_port}.log",
+                host=options.host,
+                http_port=options.http_port,
+                grpc_port=options.grpc_port,
+                metrics_port=options.metrics_port,
+                startup_timeout_s=options.startup_timeout_s,
+                exit_timeout_s=options.exit_timeout_s,
             )
-        logger.info("%s", ready_message(server))
-        if options.openai_port is not None:
-            from flows.serving.openai_server import OpenAIServer  # imports a web framework
+        )
+    found = f"HTTP http://{server.http_address}  gRPC {server.grpc_address}  metrics http://{server.metrics_address}"
+    logger.info("%s", ready_message(f"{found}/metrics  log {server.log_path}", server, server.http_address))
+    if options.openai_port is not None:
+        from flows.serving.openai_server import OpenAIServer  # imports a web framework
 
-            interface = running.enter_context(
-                OpenAIServer(server.grpc_address, repository, options.host, options.openai_port, options.api_keys_path)
-            )
-            logger.info("OpenAI-compatible: base_url=http://%s/v1", interface.address)
-        watcher = RepositoryWatcher(server, repository, state)
-        while not stop.wait(options.poll_interval_s):
-            server.check_running()
-            watcher.look()
-        logger.info("Stopping; requests in flight have %s s to end.", options.exit_timeout_s)
+        interface = running.enter_context(
+            OpenAIServer(server.grpc_address, repository, options.host, options.openai_port, options.api_keys_path)
+        )
+        logger.info("OpenAI-compatible: base_url=http://%s/v1", interface.address)
+    watcher = RepositoryWatcher(server, repository, view, state)
+    while not stop.wait(options.poll_interval_s):
+        server.check_running()
+        watcher.look()
 
 
-def ready_message(server: InferenceServer) -> str:
-    """Where the server answers, with requests to paste into a terminal."""
-    lines = [
-        f"Ready. HTTP http://{server.http_address}  gRPC {server.grpc_address}  "
-        f"metrics http://{server.metrics_address}/metrics  log {server.log_path}",
-    ]
+def _serve_replicas(config: Config, directory: Path, stop: threading.Event, running: ExitStack) -> None:
+    from flows.launcher import free_port
+    from flows.serving.openai_api import read_keys
+    from flows.serving.openai_server import OpenAIServer  # imports a web framework
+    from flows.serving.replicas import ReplicatedServer
+
+    repository, options = config.publish.model_repo, config.serve
+    keys = read_keys(options.api_keys_path) if options.api_keys_path else []
+    inner = free_port() if options.openai_port is not None else None
+    logger.info("Starting %s replicas on %s", options.replicas, repository)
+    service = running.enter_context(
+        ReplicatedServer(
+            repository,
+            options,
+            config.artifacts_dir,
+            directory,
+            keys=keys,
+            openai_server=None if inner is None else f"127.0.0.1:{inner}",
+        )
+    )
+    scheme = "https" if options.tls_certificate_path else "http"
+    found = f"HTTP {scheme}://{service.http_address}  gRPC {service.grpc_address}  metrics http://"
+    found += f"{service.metrics_address}/metrics, /metrics/{service.replicas[0].name}  logs {config.artifacts_dir}"
+    server = service.servers()[0]
+    secrets: Sequence[str] = ["-H 'Authorization: Bearer KEY'"] if keys else []
+    address = service.http_address
+    logger.info("%s", ready_message(found, server, address, scheme, secrets))
+    if inner is not None:
+        # the proxy asks for the key
+        running.enter_context(OpenAIServer(service.inner_grpc_address, repository, "127.0.0.1", inner, None))
+        logger.info("OpenAI-compatible: base_url=%s://%s/v1", scheme, service.openai_address)
+    while not stop.wait(options.poll_interval_s):
+        service.look()
+
+
+def ready_message(
+    found: str, server: InferenceServer, address: str, scheme: str = "http", words: Sequence[str] = ()
+) -> str:
+    """Where models are served, with requests to paste into a terminal.
+
+    Args:
+        found: Addresses, and where the logs are.
+        server: A server, asked which versions it serves.
+        address: `host:port` for HTTP.
+        scheme: `http` or `https`.
+        words: More words for curl.
+    """
+    lines = [f"Ready. {found}"]
     for model in server.models:
-        lines += ["", f"{model}, versions {server.ready_versions(model)}:", f"  {_curl(server.http_address, model)}"]
+        command = _curl(f"{scheme}://{address}", model, words)
+        lines += ["", f"{model}, versions {server.ready_versions(model)}:", f"  {command}"]
     return "\n".join([*lines, "", "Ctrl-C stops it."])
 
 
-def _curl(address: str, model: str) -> str:
-    if model.endswith("_text"):
+def _curl(url: str, model: str, words: Sequence[str]) -> str:
+    if model.endswith(TEXT_SUFFIX):
         path = f"{model}/generate"
         body: dict[str, Any] = {"text_input": "def main(", "max_tokens": 16}
     else:
         tensors = [("input_ids", [1, 2, 3]), ("attention_mask", [1, 1, 1])]
         inputs = [{"name": name, "datatype": "INT64", "shape": [1, 3], "data": data} for name, data in tensors]
         path, body = f"{model}/infer", {"inputs": inputs}
-    return f"curl -s http://{address}/v2/models/{path} -d '{json.dumps(body)}'"
+    return " ".join(["curl -s", *words, f"{url}/v2/models/{path} -d '{json.dumps(body)}'"])
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from flows.config.canary import CanaryConfig
 from flows.config.checks import require, require_positive
 
 AUTO_CANDIDATE = "auto"
+MAX_REPLICAS = 64
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -111,6 +113,8 @@ class PublishConfig:
     """`auto`: the fastest candidate that passes every gate; or a candidate's name."""
     keep_versions: int = 2
     """Newest versions that the inference server keeps loaded; older ones stay on disk."""
+    live: bool = True
+    """Serve the version at once; false = it becomes the candidate, for `python -m flows.promote`."""
 
     def __post_init__(self) -> None:
         require(
@@ -141,15 +145,40 @@ class ServeConfig:
     openai_port: int | None = None
     """Of an HTTP interface like OpenAI's (/v1/completions, /v1/chat/completions, /v1/models); null = none, 0 = any."""
     api_keys_path: Path | None = None
-    """File of keys, one a line, one of which requests to that interface must carry; nobody else may read it."""
+    """File of keys, one a line, one of which requests to that interface must carry, and all requests where
+    serve.replicas puts a proxy before the servers (`Authorization: Bearer`); nobody else may read it."""
     startup_timeout_s: int = 120
     exit_timeout_s: int = 10
     """Seconds given to requests in flight when the server is asked to stop."""
     poll_interval_s: float = 1.0
     """How often the model repository is looked at for a newly published version."""
+    replicas: int = 0
+    """Servers of the live version behind HAProxy, which splits traffic for a canary; 0 = one server without a proxy."""
+    tls_certificate_path: Path | None = None
+    """PEM file of certificate and key with which HAProxy encrypts all that it serves but metrics; null = plain text."""
+    probe_interval_s: float = 2.0
+    """Seconds between two inferences with which each replica's health is found out."""
+    probe_timeout_s: float = 60.0
+    """A replica that answers no inference for so many seconds is killed and started again."""
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
 
     def __post_init__(self) -> None:
-        require_positive("serve", self, ["startup_timeout_s", "exit_timeout_s", "poll_interval_s"])
+        seconds = ["startup_timeout_s", "exit_timeout_s", "poll_interval_s", "probe_interval_s", "probe_timeout_s"]
+        require_positive("serve", self, seconds)
+        require(
+            0 <= self.replicas <= MAX_REPLICAS,
+            "serve.replicas",
+            self.replicas,
+            f"must lie between 0 and {MAX_REPLICAS}",
+            "Set serve.replicas=2.",
+        )
+        require(
+            self.tls_certificate_path is None or self.replicas > 0,
+            "serve.tls_certificate_path",
+            self.tls_certificate_path,
+            "needs the proxy, and serve.replicas=0 has none: the server's own HTTP has no TLS",
+            "Set serve.replicas=1 or more.",
+        )
         names = ("http_port", "grpc_port", "metrics_port", "openai_port")
         ports = [getattr(self, name) or 0 for name in names]
         for name, port in zip(names, ports, strict=True):
@@ -161,7 +190,7 @@ class ServeConfig:
                 "Set it to 0 for any free port.",
             )
         require(
-            self.openai_port is None or self.api_keys_path is not None or self.host in LOOPBACK,
+            (self.openai_port is None and not self.replicas) or self.api_keys_path is not None or self.host in LOOPBACK,
             "serve.host",
             self.host,
             "is reachable from other machines, and serve.api_keys_path is null: anybody could use the models",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from flows.config import ConfigError, RunError
 from flows.export.runtime import Program
 from flows.serving.client import Client, Transport
-from flows.serving.publish import complete_versions
+from flows.serving.repository import complete_versions
 from flows.serving.server import InferenceServer
 
 REQUESTS = 300

@@ -19,6 +19,8 @@ import tritonclient.http
 from numpy.typing import NDArray
 
 TIMEOUT_S = 120.0
+BROKEN = "StatusCode.UNAVAILABLE"
+"""Status of a gRPC stream whose server went away; refusals of the models have none."""
 TYPES = {
     "max_tokens": np.int32,
     "temperature": np.float32,
@@ -49,6 +51,8 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     """So far."""
+    version: str = ""
+    """Of the model that answered."""
 
 
 class Client:
@@ -92,6 +96,11 @@ class Client:
         result = self._infer(model, version, {"input_ids": ids_BL, "attention_mask": mask_BL})
         logits: NDArray[np.float32] = result.as_numpy("logits")
         return logits
+
+    def answering_version(self, model: str, ids_BL: NDArray[np.int64], mask_BL: NDArray[np.int64]) -> str:
+        """Which version of the scores model answers a request that names none; arguments as for `scores`."""
+        response = self._infer(model, "", {"input_ids": ids_BL, "attention_mask": mask_BL}).get_response()
+        return str(response.model_version if self._grpc else response["model_version"])
 
     def generate(
         self,
@@ -156,7 +165,7 @@ class Client:
                 if answer is not None and "error" in answer:
                     raise tritonclient.utils.InferenceServerException(answer["error"], status=str(response.status))
                 if answer is not None:
-                    yield Completion(*(answer[name] for name in COMPLETION))
+                    yield Completion(*(answer[name] for name in (*COMPLETION, "model_version")))
         finally:
             connection.close()
 
@@ -179,7 +188,9 @@ class Client:
                     ended = True
                     raise error
                 strings = [result.as_numpy(name)[0].decode() for name in COMPLETION[:2]]
-                completion = Completion(*strings, *(int(result.as_numpy(name)[0]) for name in COMPLETION[2:]))
+                numbers = [int(result.as_numpy(name)[0]) for name in COMPLETION[2:]]
+                version = str(result.get_response().model_version)
+                completion = Completion(strings[0], strings[1], numbers[0], numbers[1], version)
                 ended = bool(completion.finish_reason)
                 yield completion
         finally:

@@ -28,7 +28,7 @@ import numpy as np
 from flows.config import ConfigError, RunError
 from flows.serving.generation_rival import Rival
 from flows.serving.load import Load, ask_text, under_load
-from flows.serving.publish import complete_versions
+from flows.serving.repository import complete_versions
 from flows.serving.server import InferenceServer
 
 MAX_TOKENS = 64

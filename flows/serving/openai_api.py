@@ -11,7 +11,8 @@ import json
 import stat
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flows.config.checks import require
 from flows.serving.chat_prompt import ChatPrompt, ControlTokenError
-from flows.serving.client import TYPES
+from flows.serving.client import BROKEN, TYPES
 from flows.serving.openai_requests import ChatRequest, CompletionRequest, Request
-from flows.serving.publish import complete_versions
+from flows.serving.releases import read_aliases
+from flows.serving.repository import TEXT_SUFFIX, published_names
 
-SUFFIX = "_text"
+REPEATS = 5
 STATUS_BY_MESSAGE = {"wait already": 429, "timeout_ms has passed": 504, "is not found": 404, "not ready": 404}
 
 
@@ -79,10 +81,10 @@ def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> F
     chats: dict[Path, ChatPrompt] = {}
 
     def chat_of(model: str) -> ChatPrompt:
-        versions = complete_versions(repository, model) if model in _models(repository) else []
-        if not versions:
-            raise HTTPException(404, f"The model {model!r} does not exist. There are {_models(repository)}.")
-        place = repository / f"{model}{SUFFIX}" / str(versions[-1])
+        version = read_aliases(repository, model).live if model in published_names(repository) else None
+        if version is None:
+            raise HTTPException(404, f"The model {model!r} does not exist. There are {published_names(repository)}.")
+        place = repository / f"{model}{TEXT_SUFFIX}" / str(version)
         if place not in chats:
             chats.clear()
             chats[place] = ChatPrompt(place)
@@ -100,7 +102,7 @@ def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> F
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_described(repository, name) for name in _models(repository)]}
+        return {"object": "list", "data": [_described(repository, name) for name in published_names(repository)]}
 
     @app.get("/v1/models/{model}")
     async def model(model: str) -> dict[str, Any]:
@@ -113,8 +115,8 @@ def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> F
         form = _Form("cmpl", "text_completion", "text_completion", _text_choice)
         inputs = [
             {
-                **_options(request, request.stop, request.max_tokens, number),
-                **({"text_input": prompt} if isinstance(prompt, str) else {"input_ids": prompt}),
+                **({"text_input": prompt} if isinstance(prompt, str) else {"input_ids": prompt}),  # first: the proxy
+                **_options(request, request.stop, request.max_tokens, number),  # finds the replica by it
             }
             for prompt in request.prompts
             for number in range(request.n)
@@ -131,7 +133,7 @@ def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> F
         most = request.max_completion_tokens or request.max_tokens or chat.max_new_tokens
         form = _Form("chatcmpl", "chat.completion", "chat.completion.chunk", _chat_choice)
         stops = [*request.stop, *chat.stops]
-        inputs = [{**_options(request, stops, most, number), "input_ids": ids} for number in range(request.n)]
+        inputs = [{"input_ids": ids, **_options(request, stops, most, number)} for number in range(request.n)]
         return await _answer(grpc_address, request, inputs, form, chat)
 
     return app
@@ -171,7 +173,7 @@ async def _answer(
         "created": int(time.time()),
         "model": request.model,
     }
-    pieces = _generate(address, f"{request.model}{SUFFIX}", inputs)
+    pieces = _generate(address, f"{request.model}{TEXT_SUFFIX}", inputs)
     if request.stream:
         first = await _first(pieces)  # an error before the first piece is an HTTP status, not a broken stream
         return StreamingResponse(_events(first, pieces, head, form, chat, request), media_type="text/event-stream")
@@ -211,6 +213,21 @@ async def _events(
 
 
 async def _generate(address: str, model: str, inputs: Sequence[dict[str, Any]]) -> AsyncIterator[Piece]:
+    """Pieces of all choices as they come; asks again if the server goes away before the first, which a proxy cannot."""
+    for repeats_left in reversed(range(REPEATS + 1)):
+        has_begun = False
+        try:
+            async with aclosing(_ask(address, model, inputs)) as pieces:
+                async for piece in pieces:
+                    has_begun = True
+                    yield piece
+            return
+        except InferenceServerException as error:
+            if has_begun or error.status() != BROKEN or not repeats_left:
+                raise
+
+
+async def _ask(address: str, model: str, inputs: Sequence[dict[str, Any]]) -> AsyncGenerator[Piece]:
     """Pieces of all choices as they come; one connection, closed when nobody listens any more."""
     async with grpc.InferenceServerClient(address) as client:
 
@@ -305,12 +322,8 @@ def _usage(pieces: Sequence[Piece], n: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _models(repository: Path) -> list[str]:
-    return sorted(path.name.removesuffix(SUFFIX) for path in repository.glob(f"[!.]*{SUFFIX}") if path.is_dir())
-
-
 def _described(repository: Path, name: str) -> dict[str, Any]:
-    created = int((repository / f"{name}{SUFFIX}").stat().st_mtime)
+    created = int((repository / f"{name}{TEXT_SUFFIX}").stat().st_mtime)
     return {"id": name, "object": "model", "created": created, "owned_by": "millrace"}
 
 

@@ -3,18 +3,16 @@
 Both models of an entry get the same number. Each version directory is copied aside, flushed and renamed: scores first,
 because the text model asks the scores of its own version; then what the server reads first, `config.pbtxt`, last. A
 version counts once both directories are there. A publisher that is killed at any moment leaves the versions before it
-served, and the next one sweeps up. A server that watches holds the same lock while it loads.
+served, and the next one sweeps up. A server that watches holds the same lock while it loads. Which of the versions are
+served is written last (`flows.serving.releases`): at once this one, or the one before until `flows.promote` says so.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,17 @@ from flows.artifact import Artifact, digest_file, write_json_atomically
 from flows.config import ConfigError, RunError
 from flows.config.serving import PublishConfig
 from flows.serving.entry import REPOSITORY, STAGED_VERSION, version_digests
+from flows.serving.releases import is_recorded, record_published
+from flows.serving.repository import (
+    CONFIG,
+    PASSPORT,
+    VERSION_CONFIG,
+    complete_versions,
+    lock_repository,
+    model_names,
+    version_dirs,
+)
 
-CONFIG = "config.pbtxt"
-PASSPORT = "passport.json"
 RECORD = "published.json"
 
 
@@ -50,16 +56,17 @@ def build(directory: Path, config: PublishConfig, parents: Mapping[str, Artifact
     _check_passport(parents["passport"].path / PASSPORT, parents["entry"])
     config.model_repo.mkdir(parents=True, exist_ok=True)
     with lock_repository(config.model_repo):
-        for name in _names(config.model_name):
+        for name in model_names(config.model_name):
             _check_signature(staged / name, config.model_repo / name)
             _sweep(config.model_repo / name)
         version, is_new = _place(staged, parents["passport"].path / PASSPORT, config)
-        for name in _names(config.model_name):
+        for name in model_names(config.model_name):
             _write_settings(staged / name, config.model_repo / name)
-    places = [config.model_repo / name / str(version) for name in _names(config.model_name)]
+        record_published(config.model_repo, config.model_name, version, live=config.live)
+    places = [config.model_repo / name / str(version) for name in model_names(config.model_name)]
     digests = {f"{place.parent.name}/{version}": version_digests(place) for place in places}
     digests[f"{config.model_name}/{version}"][PASSPORT] = digest_file(places[0] / PASSPORT)
-    for name in _names(config.model_name):
+    for name in model_names(config.model_name):
         settings = _settings(staged / name)
         digests[name] = {str(path): digest_file(config.model_repo / name / path) for path in settings}
     record = {"model_repo": str(config.model_repo), "model_name": config.model_name, "version": version}
@@ -73,45 +80,13 @@ def is_current(artifact: Artifact) -> bool:
     repository = Path(record["model_repo"])
     if complete_versions(repository, record["model_name"])[-1:] != [record["version"]]:
         return False
+    if not is_recorded(repository, record["model_name"], record["version"]):  # its publisher was killed before that
+        return False
     return all(
         (repository / place / name).is_file() and digest_file(repository / place / name) == digest
         for place, files in record["files"].items()
         for name, digest in files.items()
     )
-
-
-def complete_versions(repository: Path, model_name: str) -> list[int]:
-    """Published versions of a model that are there for scores and for text, in rising order."""
-    scores, text = ({path.name for path in _version_dirs(repository / name)} for name in _names(model_name))
-    return sorted(int(name) for name in scores & text)
-
-
-@contextmanager
-def lock_repository(repository: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Keeps publishers, and servers that load, out of each other's way; yields whether it has the lock.
-
-    Args:
-        repository: Model repository; the lock leaves no file in it and goes with the process that holds it.
-        wait: Whether to wait for whoever has it; otherwise yields False.
-    """
-    handle = os.open(repository, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield True
-    except BlockingIOError:
-        yield False
-    finally:
-        os.close(handle)
-
-
-def _names(model_name: str) -> tuple[str, str]:
-    return model_name, f"{model_name}_text"
-
-
-def _version_dirs(model_dir: Path) -> list[Path]:
-    if not model_dir.is_dir():
-        return []
-    return [path for path in model_dir.iterdir() if path.is_dir() and re.fullmatch(r"[1-9][0-9]*", path.name)]
 
 
 def _check_passport(path: Path, entry: Artifact) -> None:
@@ -146,10 +121,10 @@ def _sweep(model_dir: Path) -> None:
 
 def _place(staged: Path, passport: Path, config: PublishConfig) -> tuple[int, bool]:
     """The number under which the entry's files are the newest version, and whether they had to be copied."""
-    names = _names(config.model_name)
+    names = model_names(config.model_name)
     complete = complete_versions(config.model_repo, config.model_name)
     for name in names:  # of a publisher that was killed between its two renames
-        for path in _version_dirs(config.model_repo / name):
+        for path in version_dirs(config.model_repo / name):
             if int(path.name) > max(complete, default=0):
                 shutil.rmtree(path)
     newest = max(complete, default=0)
@@ -160,10 +135,13 @@ def _place(staged: Path, passport: Path, config: PublishConfig) -> tuple[int, bo
     for name in names:
         aside = config.model_repo / name / f".{version}.partial"
         shutil.copytree(staged / name / STAGED_VERSION, aside)
+        for path in _settings(staged / name):
+            (aside / VERSION_CONFIG / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(staged / name / path, aside / VERSION_CONFIG / path)
         asides.append(aside)
     shutil.copyfile(passport, asides[0] / PASSPORT)
     for aside in asides:
-        for path in (*aside.iterdir(), aside):
+        for path in (*aside.rglob("*"), aside):
             _flush(path)
     for aside in asides:
         aside.rename(aside.with_name(str(version)))

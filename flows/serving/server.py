@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -129,6 +130,17 @@ class InferenceServer:
                 f"{_last_lines(self.log_path)}"
             )
 
+    @property
+    def pid(self) -> int:
+        """Process id of the running server, which is that of its session, too."""
+        assert self._process is not None
+        return self._process.pid
+
+    def kill(self) -> None:
+        """Ends the server and its models' processes at once; requests in flight see their connections closed."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
     def load(self, model: str) -> None:
         """Loads what is new of a model; versions that are being served stay until the new ones are ready.
 
@@ -219,9 +231,14 @@ class InferenceServer:
             shutil.rmtree(self._runtime_dir, ignore_errors=True)
 
 
-def _in_server_process() -> None:
-    """Between fork and exec: the server ends with us, whatever ends us, and has room for large requests."""
+def die_with_parent() -> None:
+    """Between fork and exec: the process ends with the thread that starts it, whatever ends that."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _in_server_process() -> None:
+    """Between fork and exec: the server ends with us and has room for large requests."""
+    die_with_parent()
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
     soft = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_STACK, (soft, hard))

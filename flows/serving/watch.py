@@ -1,4 +1,4 @@
-"""Keeps a running inference server on the newest complete versions of its repository."""
+"""Keeps a running inference server on the versions that its view of the repository says."""
 
 from __future__ import annotations
 
@@ -6,42 +6,40 @@ import logging
 from pathlib import Path
 
 from flows.config import ConfigError
-from flows.serving.entry import FILES
 from flows.serving.installation import ServerError
-from flows.serving.publish import CONFIG, lock_repository
+from flows.serving.releases import read_aliases
+from flows.serving.repository import lock_repository, published_names
+from flows.serving.served_view import ServedView
 from flows.serving.server import InferenceServer
 
 logger = logging.getLogger(__name__)
 
 
-def find_models(repository: Path) -> list[str]:
-    """Names of the models in a repository, each before the models that call it.
-
-    Raises:
-        ConfigError: There are none.
-    """
-    models = sorted(path.parent.name for path in repository.glob(f"[!.]*/{CONFIG}"))  # <name> sorts before <name>_text
-    if not models:
+def check_published(repository: Path) -> None:
+    """Raises `ConfigError` if a repository holds no published model."""
+    if not published_names(repository):
         raise ConfigError(
             f"publish.model_repo={repository} holds no published model. Make one with: python -m flows.train "
             "+experiment=quickstart"
         )
-    return models
 
 
 class RepositoryWatcher:
-    """Loads what has been published since the last look.
+    """Loads what has been published or promoted since the last look.
 
     Args:
         server: The running server.
-        repository: Its model repository.
-        loaded: State of each model when the server started, from `repository_state`.
+        repository: The model repository.
+        view: What the server serves of it.
+        loaded: State of each model when the server started, from the view.
     """
 
-    def __init__(self, server: InferenceServer, repository: Path, loaded: dict[str, str]) -> None:
+    def __init__(self, server: InferenceServer, repository: Path, view: ServedView, loaded: dict[str, str]) -> None:
         self._server = server
         self._repository = repository
+        self._view = view
         self._loaded = loaded
+        self._told: set[tuple[str, int | None]] = set()
 
     def look(self) -> list[str]:
         """Loads models that are new or have changed; versions that are served stay until the new ones are ready.
@@ -54,7 +52,8 @@ class RepositoryWatcher:
         with lock_repository(self._repository, wait=False) as locked:
             if not locked:  # somebody is publishing; the next look will find it complete
                 return []
-            state = repository_state(self._repository)
+            state = self._view.refresh()
+            self._tell_of_canaries()
             changed = [name for name in state if state[name] != self._loaded.get(name)]
             return [name for name in changed if self._load(name, state[name])]
 
@@ -68,12 +67,14 @@ class RepositoryWatcher:
         logger.info("%s: versions %s are served", model, self._server.ready_versions(model))
         return True
 
-
-def repository_state(repository: Path) -> dict[str, str]:
-    """What decides which versions of each model are served, and how, by model name, in the order to load them."""
-    state = {}
-    for name in find_models(repository):
-        versions = [(path.parent.name, path.read_text()) for path in (repository / name).glob(f"*/{FILES}")]
-        configs = [path.read_text() for path in (repository / name).rglob("*.pbtxt")]
-        state[name] = repr((sorted(versions), sorted(configs)))
-    return state
+    def _tell_of_canaries(self) -> None:
+        for name in published_names(self._repository):
+            aliases = read_aliases(self._repository, name)
+            if aliases.share and (name, aliases.candidate) not in self._told:
+                self._told.add((name, aliases.candidate))
+                logger.error(
+                    "%s version %s is under canary, and serve.replicas=0 has no proxy that could split requests: the "
+                    "live version answers all of them. Start again with serve.replicas=1 or more.",
+                    name,
+                    aliases.candidate,
+                )

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from flows.artifact import Artifact
 from flows.config.serving import PublishConfig
 from flows.serving import config_pbtxt, entry, publish
+from flows.serving.repository import complete_versions, version_dirs
 
 WATCHED = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfile"}
 
@@ -55,11 +56,11 @@ def kill_before(step: int, root: Path) -> None:
 
 
 def look(repository: Path, name: str) -> dict[str, Any]:
-    complete = publish.complete_versions(repository, name)
+    complete = complete_versions(repository, name)
     damaged = []
     for model in (name, f"{name}_text"):
         config_pbtxt.parse((repository / model / "config.pbtxt").read_text())
-        for version in publish._version_dirs(repository / model):
+        for version in version_dirs(repository / model):
             listed, found = entry.read_files(version), entry.version_digests(version)
             damaged += (
                 [f"{version}/{file}" for file in listed if listed[file] != found[file]] if listed else [str(version)]

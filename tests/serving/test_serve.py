@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import pytest
 
 from flows.artifact import Artifact
 from flows.serving.client import Client, Transport
+from flows.serving.releases import record_published
+from flows.serving.repository import lock_repository, model_names
 from flows.serving.server import PREFIX, SHARED_MEMORY_DIR
 from tests.serving.tiny_chain import NAME, Chain
 
@@ -155,12 +158,12 @@ def test_refused_version_is_reported_and_the_one_before_stays(
     repository = tmp_path / "model_repo"
     publish_to(repository, chain, passport)
     with serving(repository, tmp_path / "artifacts") as (process, message):
-        damaged = repository / NAME / ".9.partial"
-        damaged.mkdir()
-        for path in (repository / NAME / "1").iterdir():
-            if path.is_file():
-                (damaged / path.name).write_bytes(path.read_bytes() + (b"x" if path.name == "model.onnx" else b""))
-        damaged.rename(repository / NAME / "2")
+        with lock_repository(repository):  # as if it had been damaged after it was promoted
+            for name in model_names(NAME):
+                shutil.copytree(repository / name / "1", repository / name / "2")
+            with (repository / NAME / "2" / "model.onnx").open("ab") as program:
+                program.write(b"x")
+            record_published(repository, NAME, 2, live=True)
         assert process.stdout is not None
         line = process.stdout.readline()
         assert "cannot load 'tiny'" in line
