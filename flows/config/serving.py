@@ -9,6 +9,7 @@ from pathlib import Path
 from flows.config.checks import require, require_positive
 
 AUTO_CANDIDATE = "auto"
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -104,7 +105,7 @@ class PublishConfig:
 
     def __post_init__(self) -> None:
         require(
-            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.model_name) is not None,
+            re.fullmatch(MODEL_NAME, self.model_name) is not None,
             "publish.model_name",
             self.model_name,
             "must be 1-64 letters, digits, '_' or '-', the first no sign: it names a directory and a URL",

@@ -37,6 +37,8 @@ class Transport(StrEnum):
 
     http = "http"
     grpc = "grpc"
+    shared_memory = "shared memory"
+    """Of the machine that both are on; for scores only."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,10 @@ class Client:
             for entry in version.get("batch_stats", []):
                 batches[int(entry["batch_size"])] += int(entry["compute_infer"]["count"])
         return batches
+
+    def is_ready(self, model: str, version: str) -> bool:
+        """Whether the server answers for this version."""
+        return bool(self._client.is_model_ready(model, version))
 
     def server_version(self) -> str:
         """Version of the inference server."""

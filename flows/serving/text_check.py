@@ -12,9 +12,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from flows.serving.client import Client, Completion, Transport
+from flows.serving.client import Completion, Transport
+from flows.serving.endpoint import Endpoint
 from flows.serving.scores_check import Check
 
+TRANSPORTS = (Transport.http, Transport.grpc)
 FUZZ_STRINGS = 48
 FUZZ_CHARACTERS = 24
 """Longest random string."""
@@ -35,13 +37,13 @@ UNICODE_RANGES = ((0x20, 0x7F), (0x80, 0x250), (0x370, 0x530), (0x3040, 0x9FFF),
 class Served:
     """Where the text model answers."""
 
-    addresses: dict[Transport, str]
+    endpoint: Endpoint
     model: str
     version: str
 
     def generate(self, transport: Transport, prompt: str, **options: float) -> Completion:
         """A continuation, over a connection of its own."""
-        with Client(transport, self.addresses[transport]) as client:
+        with self.endpoint.connect(transport) as client:
             return client.generate(self.model, prompt, version=self.version, options=options)
 
 
@@ -97,7 +99,7 @@ def check_text(
     checks = [_check_tokenizer(served, checkpoint, tolerance, random)]
     expected = [checkpoint.continue_greedily(prompt, new_tokens) for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as pool:
-        for transport in served.addresses:
+        for transport in TRANSPORTS:
             together = list(pool.map(lambda prompt: served.generate(transport, prompt, max_tokens=new_tokens), prompts))  # noqa: B023
             for number, (prompt, answer, (new, leads)) in enumerate(zip(prompts, together, expected, strict=True)):
                 alone = served.generate(transport, prompt, max_tokens=new_tokens)
@@ -143,7 +145,7 @@ def _check_tokenizer(served: Served, checkpoint: Checkpoint, tolerance: float, r
     """Equal token counts, and an equal next token, which hangs on every id before it."""
     texts = [*EDGE_STRINGS, *(_random_string(random) for _ in range(FUZZ_STRINGS))]
     failures, near_ties = [], 0
-    with Client(Transport.grpc, served.addresses[Transport.grpc]) as client:
+    with served.endpoint.connect(Transport.grpc) as client:
         for text in texts:
             answer = client.generate(served.model, text, version=served.version, options={"max_tokens": 1})
             count = len(checkpoint.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -171,7 +173,7 @@ def _check_stream(served: Served, transport: Transport, prompts: Sequence[str], 
     details: dict[str, Any] = {"transport": transport.value, "prompts": len(prompts)}
     for prompt in prompts:
         whole = served.generate(transport, prompt, max_tokens=new_tokens).text
-        with Client(transport, served.addresses[transport]) as client:
+        with served.endpoint.connect(transport) as client:
             options = {"max_tokens": new_tokens}
             pieces = list(client.stream(served.model, prompt, version=served.version, options=options))
         if (text := "".join(piece.text for piece in pieces)) != whole:
@@ -182,7 +184,7 @@ def _check_stream(served: Served, transport: Transport, prompts: Sequence[str], 
 def _check_seed(served: Served, prompt: str, new_tokens: int) -> Check:
     texts = {
         served.generate(transport, prompt, max_tokens=new_tokens, temperature=1.0, top_p=0.95, seed=7).text
-        for transport in [*served.addresses, *served.addresses]
+        for transport in TRANSPORTS * 2
     }
     details: dict[str, Any] = {"seed": 7} | ({"failure": f"one seed, {len(texts)} texts"} if len(texts) > 1 else {})
     return Check("same seed, same sample", len(texts) == 1, details=details)

@@ -20,7 +20,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # provided by the server
 
 from .continuous_batching import Generator, Text
-from .digests import check_files
+from .digests import check_files, state_files
 from .sampling import Sampling
 from .text_programs import PagedProgram, WholeProgram
 
@@ -48,7 +48,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Checks the version's files, loads program and tokenizer and starts to generate."""
         here = Path(__file__).parent
-        check_files(here)
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self.stated = state_files(pb_utils, labels, check_files(here))
         settings = json.loads((here / "settings.json").read_text())
         self.sequence_length: int = settings["sequence_length"]
         self.max_new_tokens: int = settings["max_new_tokens"]
@@ -65,7 +66,7 @@ class TritonPythonModel:
         self.generator = Generator(
             program, self.decode, self.end_of_text, settings["max_running"], settings["prefill_tokens"]
         )
-        self.metrics = Metrics({"model": args["model_name"], "version": args["model_version"]})
+        self.metrics = Metrics(labels)
         self.arrived: deque[tuple[Text, Answer]] = deque()
         self.answers: dict[Text, Answer] = {}
         self.stopping = False
