@@ -108,46 +108,42 @@ def check_server(
         expected: What it has to equal.
         listings: sha256 of each model's `files.json`.
     """
-    config, (scores, text) = expected.config, expected.models
-    skipped = {}
-    backend = served_backend(endpoint, scores, version)
-    transports = [Transport.http, Transport.grpc]
+    checks = check_served_configs(endpoint, version, expected.configs)
+    loaded, skipped = _check_loaded(endpoint, version, expected, listings)
+    scores, left_out = check_scores_model(endpoint, version, expected)
+    checks += [*loaded, *scores, *check_text_model(endpoint, version, expected)]
+    return checks, skipped | left_out
+
+
+def check_scores_model(endpoint: Endpoint, version: str, expected: Expected) -> tuple[list[Check], dict[str, str]]:
+    """The checks of the scores model, and what this server does not allow; arguments as for `check_server`."""
+    model, config, reference, random = expected.models[0], expected.config, expected.reference, expected.random
+    limit, transports, skipped = config.export.max_batch_size, list(TRANSPORTS), {}
     if endpoint.admin_key:
         transports.append(Transport.shared_memory)
     else:
         skipped["shared memory"] = "this server lets only who started it register memory"
-    checks = check_served_configs(endpoint, version, expected.configs)
-    if endpoint.metrics:
-        checks += _check_loaded(endpoint, version, listings, backend)
-    else:
-        skipped["loaded files"] = "nobody said where this server's metrics are"
-    checks += check_scores(
-        endpoint, transports, scores, version, expected.reference, config.export.max_batch_size, expected.random
-    )
-    checks += check_special_tokens(
-        endpoint, transports, scores, version, expected.reference, expected.special_rows, expected.random
-    )
+    checks = check_scores(endpoint, transports, model, version, reference, limit, random)
+    checks += check_special_tokens(endpoint, transports, model, version, reference, expected.special_rows, random)
+    backend = served_backend(endpoint, model, version)
     if backend == "python":
-        checks += check_refusals(
-            endpoint,
-            TRANSPORTS,
-            scores,
-            version,
-            expected.vocab_size,
-            config.sequence_length,
-            config.export.max_batch_size,
-        )
+        sizes = expected.vocab_size, config.sequence_length, limit
+        checks += check_refusals(endpoint, TRANSPORTS, model, version, *sizes)
     else:
         skipped["refusals"] = f"the {backend} backend computes whatever it is given"
-    checks += check_text(
-        Served(endpoint, text, version),
+    return checks, skipped
+
+
+def check_text_model(endpoint: Endpoint, version: str, expected: Expected) -> list[Check]:
+    """The checks of the text model; arguments as for `check_server`."""
+    return check_text(
+        Served(endpoint, expected.models[1], version),
         expected.checkpoint,
         expected.prompts,
-        config.verify.text_new_tokens,
+        expected.config.verify.text_new_tokens,
         expected.reference.tolerance,
         expected.random,
     )
-    return checks, skipped
 
 
 def check_digests(
@@ -252,19 +248,23 @@ def describe(failed: Sequence[Check]) -> list[str]:
     return lines + ([f"  and {len(failed) - SHOWN_FAILURES} more"] if len(failed) > SHOWN_FAILURES else [])
 
 
-def _check_loaded(endpoint: Endpoint, version: str, listings: Mapping[str, str], backend: str) -> list[Check]:
-    """What the models themselves say they were loaded from; other backends than Python say nothing."""
-    loaded = endpoint.loaded_files()
-    checks = []
-    for number, (model, wanted) in enumerate(listings.items()):
-        if number == 0 and backend != "python":
+def _check_loaded(
+    endpoint: Endpoint, version: str, expected: Expected, listings: Mapping[str, str]
+) -> tuple[list[Check], dict[str, str]]:
+    """What the models themselves say they were loaded from."""
+    if not endpoint.metrics:
+        return [], {"loaded files": "nobody said where this server's metrics are"}
+    loaded, checks, skipped = endpoint.loaded_files(), [], {}
+    for model, wanted in listings.items():
+        backend = served_backend(endpoint, model, version)
+        if backend != "python":
+            skipped[f"loaded files of {model}"] = f"the {backend} backend does not say what it loaded"
             continue
         found = loaded.get((model, version), "nothing")
-        failure = (
-            {} if found == wanted else {"failure": f"{FILES} was {found[:12]} when it was loaded, not {wanted[:12]}"}
-        )
-        checks.append(Check("loaded files", not failure, details={"model": model, **failure}))
-    return checks
+        is_same = found == wanted
+        failure = {} if is_same else {"failure": f"{FILES} was {found[:12]} when it was loaded, not {wanted[:12]}"}
+        checks.append(Check("loaded files", is_same, details={"model": model, **failure}))
+    return checks, skipped
 
 
 def _real_inputs(tokens: Path, config: PassportConfig) -> NDArray[np.int64]:

@@ -30,6 +30,7 @@ from flows.serving.installation import ServerError
 from flows.serving.proof import (
     PASSPORT,
     PROVEN_FROM,
+    Expected,
     PassportError,
     check_digests,
     check_server,
@@ -100,9 +101,9 @@ def verify_version(
         ServerError: The running server does not answer, or does not serve the version.
     """
     started = time.monotonic()
-    proven = _read(repository, model_name, version, store)
+    proven = read_proven(repository, model_name, version, store)
     checks = _check_files(proven)
-    expected = expect(proven.config, proven.parents)
+    expected = proven.expect()
     # of the entry, not of the version: a listing that was replaced must not vouch for itself
     listings = {name: files[FILES] for name, files in staged_files(proven.parents["entry"], expected.models).items()}
     skipped: Mapping[str, str] = {}
@@ -135,11 +136,11 @@ def verify_files(repository: Path, model_name: str, version: int, store: Path) -
         ConfigError: There is no such version.
         PassportError: See `verify_version`.
     """
-    return _check_files(_read(repository, model_name, version, store))
+    return _check_files(read_proven(repository, model_name, version, store))
 
 
 @dataclass(frozen=True)
-class _Proven:
+class Proven:
     """A version, and what its passport says that it was made from."""
 
     repository: Path
@@ -148,8 +149,18 @@ class _Proven:
     config: PassportConfig
     parents: Mapping[str, Artifact]
 
+    def expect(self) -> Expected:
+        """What a server has to answer that serves it."""
+        return expect(self.config, self.parents)
 
-def _read(repository: Path, model_name: str, version: int, store: Path) -> _Proven:
+
+def read_proven(repository: Path, model_name: str, version: int, store: Path) -> Proven:
+    """A published version with the artifacts that it was made from, found by digest and verified.
+
+    Raises:
+        ConfigError: There is no such version.
+        PassportError: See `verify_version`.
+    """
     stated = read_passport(version_place(repository, model_name, version))
     config = from_plain(PassportConfig, stated["config"])
     require(
@@ -159,10 +170,10 @@ def _read(repository: Path, model_name: str, version: int, store: Path) -> _Prov
         f"carries the passport of {config.model_name}",
         "Publish the model again.",
     )
-    return _Proven(repository, version, store, config, _find_parents(store, stated))
+    return Proven(repository, version, store, config, _find_parents(store, stated))
 
 
-def _check_files(proven: _Proven) -> list[Check]:
+def _check_files(proven: Proven) -> list[Check]:
     name, parents = proven.config.model_name, proven.parents
     models = (name, f"{name}_text")
     stated = staged_files(parents["entry"], models)

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping
 
 import numpy as np
 import tritonclient.grpc  # has no types
 from numpy.typing import NDArray
-from tritonclient.utils import shared_memory
+from tritonclient.utils import InferenceServerException, shared_memory
 
 from flows.serving.client import TIMEOUT_S, Client, Transport
+
+IN_USE = "currently in use"
+POLL_INTERVAL_S = 0.001
 
 
 class SharedMemoryClient(Client):
@@ -53,12 +57,24 @@ class SharedMemoryClient(Client):
                     offset += sizes[tensor]
                 self._client.infer(model, inputs, version, [output], client_timeout=TIMEOUT_S)
             finally:
-                self._client.unregister_system_shared_memory(name, headers=self._headers, client_timeout=TIMEOUT_S)
+                self._unregister(name)
             start = sizes["input_ids"] + sizes["attention_mask"]
             logits_BV: NDArray[np.float32] = shared_memory.get_contents_as_numpy(region, np.float32, shape_BV, start)
             return logits_BV.copy()
         finally:
             shared_memory.destroy_shared_memory_region(region)
+
+    def _unregister(self, name: str) -> None:
+        """The server lets go of a region a moment after it has sent the answer, and refuses until then."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                self._client.unregister_system_shared_memory(name, headers=self._headers, client_timeout=TIMEOUT_S)
+                return
+            except InferenceServerException as error:
+                if IN_USE not in str(error.message()) or time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_INTERVAL_S)
 
     def _vocab_size(self, model: str) -> int:
         if model not in self._vocab_sizes:

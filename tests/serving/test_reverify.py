@@ -6,54 +6,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from flows import verify as verb
-from flows.artifact import Artifact, digest_file
+from flows.artifact import digest_file
 from flows.config import ConfigError
-from flows.config.serving import PublishConfig
-from flows.serving import publish
 from flows.serving.endpoint import Endpoint
 from flows.serving.installation import ServerError
-from flows.serving.proof import PassportError
-from flows.serving.reverify import verify_files, verify_version, version_place
+from flows.serving.proof import PassportError, _check_loaded
+from flows.serving.reverify import read_proven, verify_files, verify_version, version_place
 from flows.serving.server import InferenceServer
-from tests.serving.tiny_chain import NAME, Chain, store_chain, store_passport
+from tests.serving.tiny_chain import NAME, Published
 
 pytestmark = pytest.mark.server
-
-
-@dataclass(frozen=True)
-class Published:
-    """Version 1 in a model repository, served, and the store that it came from."""
-
-    repository: Path
-    artifacts: Path
-    server: InferenceServer
-
-    @property
-    def store(self) -> Path:
-        return self.artifacts / "store"
-
-    def copy(self, target: Path) -> Path:
-        return Path(shutil.copytree(self.repository, target))
-
-
-@pytest.fixture(scope="module")
-def published(chain: Chain, tmp_path_factory: pytest.TempPathFactory):
-    root = tmp_path_factory.mktemp("published")
-    store = root / "artifacts" / "store"
-    stored = store_chain(store, chain)
-    passport = store_passport(store, stored)
-    (root / "record").mkdir()
-    parents: dict[str, Artifact] = {"entry": stored.entry, "passport": passport, "gates": stored.program}
-    publish.build(root / "record", PublishConfig(model_name=NAME, model_repo=root / "repo"), parents)
-    shutil.copytree(root / "repo", root / "served")
-    with InferenceServer(root / "served", [NAME, f"{NAME}_text"], root / "server.log") as server:
-        yield Published(root / "repo", root / "artifacts", server)
 
 
 def test_a_version_is_proven_again_on_a_server_of_its_own(
@@ -77,8 +44,10 @@ def test_a_version_is_proven_again_on_a_server_of_its_own(
     }
 
 
-def test_a_running_server_is_asked(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
-    at = published.server.endpoint
+def test_a_running_server_is_asked(
+    published: Published, server: InferenceServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = server.endpoint
     words = [str(published.repository / NAME / "1"), "--artifacts", str(published.artifacts)]
     assert verb.main([*words, "--http", at.http, "--grpc", at.grpc]) == 0
     said = capsys.readouterr().out
@@ -138,18 +107,20 @@ def test_what_was_changed_after_publishing_is_named(
     assert told in failed[0].details["failure"]
 
 
-def test_what_the_server_loaded_is_compared_with_what_was_proven(published: Published, chain: Chain) -> None:
-    from flows.serving.proof import _check_loaded
-
-    wanted = {name: digest_file(published.repository / name / "1" / "files.json") for name in (NAME, f"{NAME}_text")}
-    assert all(one.passed for one in _check_loaded(published.server.endpoint, "1", wanted, "python"))
-    other = wanted | {NAME: "0" * 64}
-    (bad, good) = _check_loaded(published.server.endpoint, "1", other, "python")
+def test_what_the_server_loaded_is_compared_with_what_was_proven(published: Published, server: InferenceServer) -> None:
+    loaded = server.endpoint.loaded_files()
+    on_disk = {
+        (name, "1"): digest_file(published.repository / name / "1" / "files.json") for name in (NAME, f"{NAME}_text")
+    }
+    assert loaded == on_disk
+    expected = read_proven(published.repository, NAME, 1, published.store).expect()
+    listings = {NAME: "0" * 64, f"{NAME}_text": on_disk[f"{NAME}_text", "1"]}
+    (bad, good), _ = _check_loaded(server.endpoint, "1", expected, listings)
     assert (bad.passed, good.passed) == (False, True)
-    assert "files.json was " in bad.details["failure"]
+    assert bad.details["failure"].endswith("when it was loaded, not 000000000000")
 
 
-def test_what_cannot_be_verified_is_said(published: Published, tmp_path: Path) -> None:
+def test_what_cannot_be_verified_is_said(published: Published, server: InferenceServer, tmp_path: Path) -> None:
     for name in (f"../{NAME}", "..", f"{NAME}/../{NAME}", "", "/etc"):
         with pytest.raises(ConfigError, match="is not in"):
             version_place(published.repository, name, 1)
@@ -160,7 +131,7 @@ def test_what_cannot_be_verified_is_said(published: Published, tmp_path: Path) -
     repository = published.copy(tmp_path / "repo")
     for model in (NAME, f"{NAME}_text"):
         (repository / model / "1").rename(repository / model / "7")
-    at = published.server.endpoint
+    at = server.endpoint
     with pytest.raises(ServerError, match=r"does not serve version 7 of tiny"):
         verify_version(repository, NAME, 7, published.store, endpoint=Endpoint(at.http, at.grpc))
     (repository / NAME / "7" / "passport.json").write_text("{}")

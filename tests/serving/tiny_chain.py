@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flows.artifact import Artifact, Stage, _seal, load_artifact
-from flows.config.serving import EntryConfig, ExportConfig, PassportConfig, VerifyConfig
-from flows.serving import entry, verify
+from flows.config.serving import EntryConfig, ExportConfig, PassportConfig, PublishConfig, VerifyConfig
+from flows.serving import entry, publish, verify
 from tests.serving import tiny_model
 
 NAME = "tiny"
@@ -72,6 +72,31 @@ def make_passport(directory: Path, chain: Chain) -> Artifact:
     return replace(tiny_model.artifact("passport", directory), metrics=metrics)
 
 
+@dataclass(frozen=True)
+class Published:
+    """Version 1 in a model repository, and the store that it came from."""
+
+    repository: Path
+    artifacts: Path
+
+    @property
+    def store(self) -> Path:
+        return self.artifacts / "store"
+
+    def copy(self, target: Path) -> Path:
+        return Path(shutil.copytree(self.repository, target))
+
+
+def publish_chain(root: Path, chain: Chain) -> Published:
+    store = root / "artifacts" / "store"
+    stored = store_chain(store, chain)
+    passport = _store(store, make_passport(root / "passport", stored), stored.passport_parents)
+    parents = {"entry": stored.entry, "passport": passport, "gates": stored.program}
+    (root / "record").mkdir()
+    publish.build(root / "record", PublishConfig(model_name=NAME, model_repo=root / "repo"), parents)
+    return Published(root / "repo", root / "artifacts")
+
+
 def store_chain(store: Path, chain: Chain) -> Chain:
     """The chain as its stages would have left it in an artifact store, with a passport and all manifests."""
     raw = store.parent / "raw"
@@ -85,10 +110,6 @@ def store_chain(store: Path, chain: Chain) -> Chain:
     generation = _store(store, chain.generation, {"model": model})
     entry = _store(store, chain.entry, {"program": program, "generation": generation})
     return Chain(tokens, tokenizer, model, program, generation, entry)
-
-
-def store_passport(store: Path, chain: Chain) -> Artifact:
-    return _store(store, make_passport(store.parent / "passport", chain), chain.passport_parents)
 
 
 def _store(store: Path, made: Artifact, parents: Mapping[str, Artifact]) -> Artifact:
