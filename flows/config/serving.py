@@ -10,6 +10,7 @@ from flows.config.checks import require, require_positive
 
 AUTO_CANDIDATE = "auto"
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+MAX_BODY_BYTES = 4 * 10**6
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -125,14 +126,22 @@ class ServeConfig:
     """The inference server that `python -m flows.serve` runs."""
 
     host: str = "127.0.0.1"
-    """Address to bind; the embedded server has unpatched CVEs, so loopback unless a proxy stands before it."""
+    """Address of the public endpoint (openai_port). The ports of the server itself stay on loopback."""
+    accept_unguarded_ports: bool = False
+    """Bind the server's own ports (HTTP, gRPC, metrics) to `host`, too. They ask for no key, and anybody who reaches
+    them can end the embedded server with one request: only behind a proxy of your own."""
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
     openai_port: int | None = None
-    """Of an HTTP interface like OpenAI's (/v1/completions, /v1/chat/completions, /v1/models); null = none, 0 = any."""
+    """Of the public endpoint: an HTTP interface like OpenAI's (/v1/completions, /v1/chat/completions, /v1/models), and
+    health, metadata and inference below /v2, each request checked before the server sees it; null = none, 0 = any."""
     api_keys_path: Path | None = None
-    """File of keys, one a line, one of which requests to that interface must carry; nobody else may read it."""
+    """File of keys, one a line, one of which requests to that endpoint must carry; nobody else may read it."""
+    max_body_bytes: int = 2 * 10**6
+    """Longest body that the public endpoint takes. The embedded server ends at a JSON body of about 5 MB."""
+    max_connections: int = 512
+    """Connections to the public endpoint at the same time; more are answered with 503 at once."""
     startup_timeout_s: int = 120
     exit_timeout_s: int = 10
     """Seconds given to requests in flight when the server is asked to stop."""
@@ -140,7 +149,11 @@ class ServeConfig:
     """How often the model repository is looked at for a newly published version."""
 
     def __post_init__(self) -> None:
-        require_positive("serve", self, ["startup_timeout_s", "exit_timeout_s", "poll_interval_s"])
+        require_positive(
+            "serve",
+            self,
+            ["startup_timeout_s", "exit_timeout_s", "poll_interval_s", "max_body_bytes", "max_connections"],
+        )
         names = ("http_port", "grpc_port", "metrics_port", "openai_port")
         ports = [getattr(self, name) or 0 for name in names]
         for name, port in zip(names, ports, strict=True):
@@ -151,6 +164,22 @@ class ServeConfig:
                 "must lie between 0 and 65535",
                 "Set it to 0 for any free port.",
             )
+        require(
+            self.max_body_bytes <= MAX_BODY_BYTES,
+            "serve.max_body_bytes",
+            self.max_body_bytes,
+            f"must not exceed {MAX_BODY_BYTES}: a longer JSON body ends the embedded server",
+            f"Set serve.max_body_bytes={MAX_BODY_BYTES}.",
+        )
+        require(
+            self.host in LOOPBACK or self.openai_port is not None or self.accept_unguarded_ports,
+            "serve.host",
+            self.host,
+            "is reachable from other machines, and the server's own ports, which stay on loopback, ask for no key and "
+            "do not survive a request that is made to end them",
+            "Set serve.openai_port=8080 and serve.api_keys_path=keys.txt for the guarded endpoint, or, behind a proxy "
+            "of your own, serve.accept_unguarded_ports=true.",
+        )
         require(
             self.openai_port is None or self.api_keys_path is not None or self.host in LOOPBACK,
             "serve.host",
@@ -166,6 +195,11 @@ class ServeConfig:
             f"and the other ports must differ, not {ports}",
             "Set serve.grpc_port and serve.metrics_port to other numbers.",
         )
+
+    @property
+    def server_host(self) -> str:
+        """Address of the server's own ports."""
+        return self.host if self.accept_unguarded_ports or self.host in LOOPBACK else LOOPBACK[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,9 @@ from flows.serving.publish import complete_versions
 SUFFIX = "_text"
 STATUS_BY_MESSAGE = {"wait already": 429, "timeout_ms has passed": 504, "is not found": 404, "not ready": 404}
 
+STATUS_BY_CODE = {"StatusCode.UNAVAILABLE": 503, "StatusCode.INTERNAL": 503, "StatusCode.CANCELLED": 503}
+"""Of what the text model does not word itself: the server is gone, or a part of it."""
+
 
 @dataclass
 class Piece:
@@ -316,7 +319,9 @@ def _described(repository: Path, name: str) -> dict[str, Any]:
 
 def _http_error(error: InferenceServerException) -> HTTPException:
     message = str(error.message())
-    return HTTPException(next((code for part, code in STATUS_BY_MESSAGE.items() if part in message), 400), message)
+    otherwise = STATUS_BY_CODE.get(str(error.status()), 400)
+    code = next((code for part, code in STATUS_BY_MESSAGE.items() if part in message), otherwise)
+    return HTTPException(code, message if code != 503 else "The inference server does not answer. Try again later.")
 
 
 def _error(message: str, code: int, parameter: str | None = None) -> dict[str, Any]:
