@@ -6,6 +6,7 @@ do not. Bodies have a limit, whatever they are for.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -22,6 +23,7 @@ PASSED_BACK = ("content-type", HEADER_LENGTH)
 TIMEOUT = httpx.Timeout(120.0, connect=10.0)
 DRAINED = 8
 """A body is read to its end, and thrown away, up to so many times the longest one; then its sender is cut off."""
+BODY_TIMEOUT_S = 60.0
 DOWN = "The inference server does not answer. Try again later."
 CLOSED = "There is nothing here, or it is closed."
 
@@ -48,18 +50,11 @@ class BodyGuard:
                 scope, receive, send
             )
             return
-        body, length, is_whole = b"", 0, False
-        while not is_whole and length <= DRAINED * self._max_bytes:  # who is cut off while sending sees no answer
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            part = message.get("body", b"")
-            length += len(part)
-            body = body + part if length <= self._max_bytes else b""
-            is_whole = not message.get("more_body", False)
-        if length > self._max_bytes:
-            told = f"The body is longer than the {self._max_bytes} bytes that may be (serve.max_body_bytes)."
-            await _refuse(scope, 413, told)(scope, receive, send)
+        body = await self._read(receive, int(headers.get(b"content-length", b"0")))
+        if body is None:
+            return
+        if isinstance(body, tuple):
+            await _refuse(scope, *body)(scope, receive, send)
             return
         try:
             if scope["method"] == "POST" and scope["path"].startswith("/v1"):
@@ -77,6 +72,26 @@ class BodyGuard:
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, again, send)
+
+    async def _read(self, receive: Receive, stated: int) -> bytes | tuple[int, str] | None:
+        """The body; or why there is none to be had, as status and message; None if its sender has gone."""
+        too_long = 413, f"The body is longer than the {self._max_bytes} bytes that may be (serve.max_body_bytes)."
+        if stated > DRAINED * self._max_bytes:
+            return too_long
+        body, length, is_whole = b"", 0, False
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                while not is_whole and length <= DRAINED * self._max_bytes:  # who is cut off sees no answer
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    part = message.get("body", b"")
+                    length += len(part)
+                    body = body + part if length <= self._max_bytes else b""
+                    is_whole = not message.get("more_body", False)
+        except TimeoutError:
+            return 408, f"The body did not arrive within {BODY_TIMEOUT_S:g} s."
+        return body if length <= self._max_bytes else too_long
 
 
 def _refuse(scope: Scope, code: int, message: str) -> JSONResponse:

@@ -130,6 +130,12 @@ class InferenceServer:
     ) -> None:
         self._stop()
 
+    @property
+    def pid(self) -> int:
+        """Process id of the server while it runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def check_running(self) -> None:
         """Raises `ServerError` with the server's last lines if its process has ended."""
         if self._process is not None and (code := self._process.poll()) is not None:
