@@ -48,6 +48,7 @@ FLOOD_EVERY = 1000
 RELOADS = 10
 SCORE_ULPS = 64
 """Units in the last place of the largest score by which a batch that is padded otherwise may differ."""
+END_S, POLL_INTERVAL_S = 60.0, 0.05
 NO_ANSWER = "no answer"
 ANSWERED = (200, 499)
 BUSY = 503
@@ -230,8 +231,8 @@ def kill_behind(address: str, model: str, key: str, victims: dict[str, int]) -> 
                 outcome.problems.append(f"killed {name}, {path}: {error!r}")
                 continue
             outcome.statuses[f"killed {name}: {status}"] += 1
-            if status == NO_ANSWER:
-                outcome.problems.append(f"killed {name}, {path}: no answer")
+            if status not in ("200", str(BUSY)):  # what the killed process does not concern goes on
+                outcome.problems.append(f"killed {name}, {path}: {status}")
     return outcome
 
 
@@ -243,6 +244,22 @@ def processes_of(server_pid: int) -> dict[int, str]:
             if int(stat.read_text().rpartition(")")[2].split()[1]) == server_pid:
                 found[int(stat.parent.name)] = (stat.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     return found
+
+
+def _still_running(processes: Mapping[int, str]) -> list[str]:
+    """Command lines of those that do not end, though they were told to."""
+    deadline = time.monotonic() + END_S
+    left = dict(processes)
+    while left and time.monotonic() < deadline:
+        left = {pid: command for pid, command in left.items() if _state(pid) not in ("", "Z")}
+        time.sleep(POLL_INTERVAL_S)
+    return list(left.values())
+
+
+def _state(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
 
 
 @contextmanager
@@ -285,7 +302,7 @@ def drill(repository: Path, model: str, version: int, requests: int, seed: int) 
         total.statuses += part.statuses
         total.neighbour_answers += part.neighbour_answers
         total.problems += part.problems
-    alive = [command for number, command in children.items() if Path("/proc", str(number)).exists()]
+    alive = _still_running(children)
     left = [path.name for path in SHARED_MEMORY_DIR.glob(f"{PREFIX}-{os.getpid()}-*")]
     total.problems += [f"left behind: {name}" for name in alive + left]
     return total

@@ -22,6 +22,7 @@ from fastapi import Depends, FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from grpc.aio import AioRpcError
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flows.config.checks import require
@@ -228,6 +229,8 @@ async def _generate(address: str, model: str, inputs: Sequence[dict[str, Any]]) 
                 refusal = refusal or error
                 if error is None:
                     yield _piece(result)
+        except AioRpcError as error:  # the connection itself
+            raise InferenceServerException(str(error.details()), str(error.code())) from error
         except BaseException:
             responses.cancel()
             raise
