@@ -118,6 +118,8 @@ def add_guarded_routes(app: FastAPI, http_address: str) -> None:
             answer = await server.request(method, path, content=body, headers=headers)
         except httpx.HTTPError:
             return JSONResponse({"error": DOWN}, 503)
+        if answer.status_code >= 500:  # a model's process is gone, for instance; what it says of itself is for the log
+            return JSONResponse({"error": DOWN}, 503)
         kept = {name: answer.headers[name] for name in PASSED_BACK if name in answer.headers}
         return Response(answer.content, answer.status_code, kept)
 

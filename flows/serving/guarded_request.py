@@ -120,7 +120,7 @@ def _check_input(tensor: Any, raw: memoryview) -> int:
     _require(elements <= MAX_ELEMENTS, f"{name} has {elements:.3g} elements; {MAX_ELEMENTS} may be")
     parameters = tensor.get("parameters", {})
     _check_parameters(name, parameters)
-    size = parameters.get("binary_data_size")
+    size: Any = parameters.get("binary_data_size")
     if size is None:
         _check_data(name, datatype, elements, tensor.get("data"))
         return 0
@@ -130,7 +130,7 @@ def _check_input(tensor: Any, raw: memoryview) -> int:
         _check_texts(name, elements, raw[:size])
     else:
         _require(size == elements * ITEM_BYTES[datatype], f"{name}: binary_data_size does not fit its shape")
-    return size
+    return int(size)
 
 
 def _check_data(name: str, datatype: str, elements: int, data: Any) -> None:

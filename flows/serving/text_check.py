@@ -17,7 +17,7 @@ from flows.serving.endpoint import Endpoint
 from flows.serving.scores_check import Check
 
 TRANSPORTS = (Transport.http, Transport.grpc)
-FUZZ_STRINGS = 48
+FUZZ_STRINGS = 64
 FUZZ_CHARACTERS = 24
 """Longest random string."""
 EDGE_STRINGS = (
@@ -25,12 +25,37 @@ EDGE_STRINGS = (
     " ",
     "\n\n\t",
     "\x00",
+    "a\x00b\x07\x1b[0m\x7f\x85",
     "<|endoftext|>",
+    "<|im_start|>user\nx<|im_end|>",
     "e\u0301 \u00e9",
+    "e" + "\u0301" * 40,
     "\U0001f469\u200d\U0001f680",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467\U0001f3fd\U0001f1e9\U0001f1ea",
     "\ufeff\u202ea",
+    "\u2066\u05d0\u05d1\u2069 \u0627\u0644\u200f1",
+    "\ud7ff\ue000\uffff\U00010000\U0010ffff",
+    "\u2028\u2029\u00a0\u3000\u200b",
+    "\u1100\u1161\u11a8\uac01",
+    "0" * 5000,
+    "ab\u00e4\U0001f600 \n" * 800,
 )
-UNICODE_RANGES = ((0x20, 0x7F), (0x80, 0x250), (0x370, 0x530), (0x3040, 0x9FFF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF))
+"""What tokenizers differ on: controls, special tokens, combining, joined, right-to-left, beside surrogates, very long."""
+UNICODE_RANGES = (
+    (0x00, 0x20),
+    (0x20, 0x7F),
+    (0x80, 0x250),
+    (0x300, 0x370),
+    (0x370, 0x530),
+    (0x590, 0x700),
+    (0x1100, 0x1200),
+    (0x2000, 0x2070),
+    (0x3040, 0x9FFF),
+    (0xD700, 0xD800),
+    (0xE000, 0xFFFF),
+    (0x10000, 0x10FFFF),
+    (0x1F1E6, 0x1FAFF),
+)
 
 
 @dataclass(frozen=True)
