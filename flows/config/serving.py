@@ -36,6 +36,9 @@ class ExportConfig:
     """Prompt tokens computed in one step, so that long prompts do not hold up the texts that run."""
     cache_mb: int = 256
     """Megabytes (10^6 bytes) for keys and values of all running texts; each reserves all that it may need."""
+    encrypt_weights: bool = False
+    """Encrypt what is published (AES-256-GCM). The key is 64 hexadecimal digits in MILLRACE_WEIGHTS_KEY, or in a file
+    that MILLRACE_WEIGHTS_KEY_PATH names and nobody else may read: when it is published, and where it is served."""
 
     def __post_init__(self) -> None:
         require_positive(

@@ -33,7 +33,7 @@ def expected_configs(config: PassportConfig, program: Path) -> dict[str, config_
         embedded: config_pbtxt.scores_config(entry, inputs, outputs, embedded=embedded) for embedded in (False, True)
     }
     return {
-        f"{config.model_name}/config.pbtxt": scores[False],
+        f"{config.model_name}/config.pbtxt": scores[config.export.encrypt_weights],
         f"{config.model_name}/{EMBEDDED}": scores[True],
         f"{config.model_name}_text/config.pbtxt": config_pbtxt.text_config(entry),
     }

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ import torch
 from flows.artifact import digest_file, write_json_atomically
 from flows.compression.candidate import load_candidate
 from flows.config import ConfigError, RunError
+from flows.export.runtime import PROGRAM
+from flows.export.shipped import encryption
 from flows.model.decoder import Decoder
 from flows.serving import config_pbtxt
 from flows.serving.config_check import EMBEDDED, check_config_files
 from flows.serving.endpoint import Endpoint
 from flows.serving.entry import FILES
 from flows.serving.installation import ServerError
-from flows.serving.proof import Expected, check_scores_model, check_text_model
+from flows.serving.proof import PASSPORT, Expected, check_scores_model, check_text_model
 from flows.serving.reverify import Proven, copy_version, read_proven
 from flows.serving.scores_check import Check
 from flows.serving.server import InferenceServer
@@ -63,9 +65,12 @@ class Plant:
 
 
 def _edit_program(version: Path, edit: Callable[[onnx.GraphProto], None]) -> None:
-    model = onnx.load(version / "model.onnx")
+    place = encryption.find(version / PROGRAM)
+    assert place is not None
+    model = onnx.load_model_from_string(encryption.read(place))
+    place.unlink()
     edit(model.graph)
-    onnx.save(model, version / "model.onnx")
+    onnx.save(model, version / PROGRAM)
 
 
 def _edit_source(name: str, before: str, after: str) -> Callable[[Path, Decoder], None]:
@@ -197,8 +202,10 @@ def _replaced_file(repository: Path, model: str, own: int, server: InferenceServ
     """A version one of whose files was replaced after it was published, as the server meets it."""
     place = repository / model / str(own + len(PLANTS) + 1)
     shutil.copytree(repository / model / str(own), place)
-    content = (place / "model.onnx").read_bytes()
-    (place / "model.onnx").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    program = encryption.find(place / PROGRAM)
+    assert program is not None
+    content = program.read_bytes()
+    program.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     told = "it was loaded"
     try:
         server.load(model)
@@ -227,8 +234,8 @@ def _row(error: str, checks: list[Check]) -> Planted:
 
 
 def _seal(version: Path) -> None:
-    listed: Mapping[str, Any] = json.loads((version / FILES).read_text())
-    write_json_atomically(version / FILES, {name: digest_file(version / name) for name in listed})
+    files = [path for path in sorted(version.iterdir()) if path.is_file() and path.name not in (FILES, PASSPORT)]
+    write_json_atomically(version / FILES, {path.name: digest_file(path) for path in files})
 
 
 def _serve_every_version(repository: Path, names: tuple[str, str]) -> None:

@@ -20,6 +20,7 @@ from flows.config import RunError, to_plain
 from flows.config.serving import PassportConfig
 from flows.data.mixture import open_split
 from flows.data.tokenizer import load_tokenizer
+from flows.export.shipped import encryption
 from flows.serving import config_pbtxt
 from flows.serving.client import Transport
 from flows.serving.config_check import check_served_configs, expected_configs, served_backend
@@ -45,6 +46,8 @@ class Expected:
 
     config: PassportConfig
     reference: Reference
+    text_tolerance: float
+    """Two scores of generated text that are closer than this may change places."""
     special_rows: Sequence[int]
     """Inputs of the reference with special tokens."""
     checkpoint: Checkpoint
@@ -77,9 +80,11 @@ def expect(config: PassportConfig, parents: Mapping[str, Artifact]) -> Expected:
     lengths = sorted({*config.verify.lengths, config.sequence_length})
     checkpoint = Checkpoint(model, tokenizer, eos_token_id, config.sequence_length)
     prompts = _prompts(real, checkpoint, config)
+    reference = make_reference(model, everything, lengths, config.verify.noise_factor)
     return Expected(
         config=config,
-        reference=make_reference(model, everything, lengths, config.verify.noise_factor),
+        reference=reference,
+        text_tolerance=reference.tolerance,
         special_rows=range(len(everything) - len(special), len(everything)),
         checkpoint=checkpoint,
         prompts=prompts,
@@ -141,7 +146,7 @@ def check_text_model(endpoint: Endpoint, version: str, expected: Expected) -> li
         expected.checkpoint,
         expected.prompts,
         expected.config.verify.text_new_tokens,
-        expected.reference.tolerance,
+        expected.text_tolerance,
         expected.random,
     )
 
@@ -168,9 +173,7 @@ def check_digests(
         f"{models[0]}/{version}/model.onnx": parents["program"].path / "model.onnx",
         f"{models[1]}/{version}/tokenizer.json": parents["tokenizer"].path / "tokenizer.json",
     }
-    for name, path in sources.items():
-        if not (repository / name).is_file() or (repository / name).read_bytes() != path.read_bytes():
-            wrong.append(name)
+    wrong += [name for name, path in sources.items() if _content(repository / name) != path.read_bytes()]
     details = {"failure": f"{', '.join(sorted(set(wrong)))} is not what was exported"} if wrong else {}
     return Check("digests", not wrong, details=details)
 
@@ -246,6 +249,15 @@ def describe(failed: Sequence[Check]) -> list[str]:
         numbers += f", tolerance {check.tolerance:.3g}" if check.tolerance is not None else ""
         lines.append(f"  {check.name} ({details}){numbers}")
     return lines + ([f"  and {len(failed) - SHOWN_FAILURES} more"] if len(failed) > SHOWN_FAILURES else [])
+
+
+def _content(path: Path) -> bytes | None:
+    """Of a file, decrypted if need be; None if there is none, or none that the key opens."""
+    try:
+        place = encryption.find(path)
+        return encryption.read(place) if place else None
+    except RuntimeError:
+        return None
 
 
 def _check_loaded(

@@ -40,7 +40,7 @@ EDGE_STRINGS = (
     "0" * 5000,
     "ab\u00e4\U0001f600 \n" * 800,
 )
-"""What tokenizers differ on: controls, special tokens, combining, joined, right-to-left, beside surrogates, very long."""
+"""Controls, special tokens, combining and joined characters, right to left, beside surrogates, very long."""
 UNICODE_RANGES = (
     (0x00, 0x20),
     (0x20, 0x7F),

@@ -21,6 +21,7 @@ import triton_python_backend_utils as pb_utils  # provided by the server
 
 from .continuous_batching import Generator, Text
 from .digests import check_files, state_files
+from .encryption import find
 from .sampling import Sampling
 from .text_programs import PagedProgram, WholeProgram
 
@@ -58,7 +59,7 @@ class TritonPythonModel:
         self.tokenizer = load_library(here, settings["platform"]).Tokenizer.from_file(str(here / "tokenizer.json"))
         self.tokenizer.encode_special_tokens = True  # as in training: what a user types is text, never a control token
         self.end_of_text: int = self.tokenizer.token_to_id(settings["end_of_text"])
-        if (here / GENERATION).exists():
+        if find(here / GENERATION):
             program: Any = PagedProgram(here / GENERATION, settings["threads"], settings["cache_bytes"])
         else:
             program = WholeProgram(here / WHOLE, settings["threads"])
