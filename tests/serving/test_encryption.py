@@ -56,7 +56,7 @@ def test_keys_are_read_with_care(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv(encryption.KEY_PATH, raising=False)
     with pytest.raises(RuntimeError, match="neither MILLRACE_WEIGHTS_KEY nor MILLRACE_WEIGHTS_KEY_PATH is set"):
         encryption.read_key()
-    with pytest.raises(ConfigError, match="export.encrypt_weights=True needs a key: .*neither"):
+    with pytest.raises(ConfigError, match=r"export.encrypt_weights=True needs a key: .*neither"):
         check(Config(export=ExportConfig(encrypt_weights=True)))
     path = tmp_path / "key"
     monkeypatch.setenv(encryption.KEY_PATH, str(path))
@@ -64,12 +64,12 @@ def test_keys_are_read_with_care(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         encryption.read_key()
     path.write_text(f"{KEY}\n")
     path.chmod(0o640)
-    with pytest.raises(RuntimeError, match="has mode 640: others may read it. chmod 600"):
+    with pytest.raises(RuntimeError, match=r"has mode 640: others may read it. chmod 600"):
         encryption.read_key()
     path.chmod(0o600)
     assert encryption.read_key() == bytes.fromhex(KEY)
     path.write_text(KEY[:-2])
-    with pytest.raises(RuntimeError, match="must be 64 hexadecimal digits. Make one with"):
+    with pytest.raises(RuntimeError, match=r"must be 64 hexadecimal digits. Make one with"):
         encryption.read_key()
 
 
