@@ -86,7 +86,7 @@ def _flip_a_weight_byte(version: Path, model: Decoder) -> None:
     """The highest byte of the largest weight of the last layer: its sign, and most of its exponent or value."""
 
     def edit(graph: onnx.GraphProto) -> None:
-        tensor = _stored(graph, model.model.layers[-1].mlp.down_proj)
+        tensor = _stored(graph, _last_layer(model)["mlp.down_proj"])
         values = onnx.numpy_helper.to_array(tensor).copy()
         place = np.abs(values.astype(np.float64)).argmax()
         values.view(np.uint8).reshape(-1, values.itemsize)[place, -1] ^= 0x80 if values.itemsize == 1 else 0x03
@@ -109,11 +109,11 @@ def _change_rope_theta(version: Path, model: Decoder) -> None:
 
 def _drop_a_layer(version: Path, model: Decoder) -> None:
     """What the last layer adds to the residual stream is nothing."""
-    layer = model.model.layers[-1]
+    last = _last_layer(model)
 
     def edit(graph: onnx.GraphProto) -> None:
-        for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            tensor = _stored(graph, module)
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            tensor = _stored(graph, last[name])
             nothing = np.zeros_like(onnx.numpy_helper.to_array(tensor))
             tensor.CopyFrom(onnx.numpy_helper.from_array(nothing, tensor.name))
 
@@ -246,9 +246,13 @@ def _serve_every_version(repository: Path, names: tuple[str, str]) -> None:
         path.write_text(config_pbtxt.to_text(config))
 
 
-def _stored(graph: onnx.GraphProto, module: torch.nn.Module) -> onnx.TensorProto:
+def _last_layer(model: Decoder) -> dict[str, torch.nn.Module]:
+    return dict(model.model.layers[-1].named_modules())
+
+
+def _stored(graph: Any, module: torch.nn.Module) -> Any:
     """The program's constant that holds a layer's weights."""
-    weight = module.weight.detach().numpy()
+    weight = dict(module.state_dict())["weight"].numpy()
     for tensor in graph.initializer:
         values = onnx.numpy_helper.to_array(tensor)
         if any(values.dtype == one.dtype and np.array_equal(values, one) for one in (weight, weight.T)):

@@ -17,7 +17,7 @@ from flows.serving.endpoint import Endpoint
 from flows.serving.scores_check import Check
 
 TRANSPORTS = (Transport.http, Transport.grpc)
-FUZZ_STRINGS = 64
+FUZZ_STRINGS = 48
 FUZZ_CHARACTERS = 24
 """Longest random string."""
 EDGE_STRINGS = (
