@@ -69,9 +69,7 @@ def decrypt(encrypted: Path) -> bytes:
         name = encrypted.name.removesuffix(SUFFIX).encode()
         return AESGCM(read_key()).decrypt(content[:NONCE_BYTES], content[NONCE_BYTES:], name)
     except InvalidTag as error:
-        raise RuntimeError(
-            f"{encrypted} cannot be decrypted: it was changed, or the key is not the one of then."
-        ) from error
+        raise RuntimeError(f"{encrypted} cannot be decrypted: it was changed, or the key is another one.") from error
 
 
 def find(program: Path) -> Path | None:
