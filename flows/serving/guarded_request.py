@@ -113,14 +113,14 @@ def _check_input(tensor: Any, raw: memoryview) -> int:
     _require(isinstance(name, str) and 0 < len(name) <= ID_LENGTH, "an input has no name")
     _require(datatype in KINDS, f"{name}: datatype must be one of {sorted(KINDS)}")
     _require(isinstance(shape, list) and 0 < len(shape) <= MAX_DIMENSIONS, f"{name}: 1 to {MAX_DIMENSIONS} dimensions")
-    for size in shape:
-        is_size = isinstance(size, int) and not isinstance(size, bool) and 0 <= size <= MAX_ELEMENTS
+    for dimension in shape:
+        is_size = type(dimension) is int and 0 <= dimension <= MAX_ELEMENTS
         _require(is_size, f"{name}: a dimension must lie between 0 and {MAX_ELEMENTS}")
     elements = math.prod(shape)
     _require(elements <= MAX_ELEMENTS, f"{name} has {elements:.3g} elements; {MAX_ELEMENTS} may be")
     parameters = tensor.get("parameters", {})
     _check_parameters(name, parameters)
-    size: Any = parameters.get("binary_data_size")
+    size = parameters.get("binary_data_size")
     if size is None:
         _check_data(name, datatype, elements, tensor.get("data"))
         return 0
