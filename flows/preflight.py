@@ -11,6 +11,7 @@ from flows.config.training import TrainingRun
 from flows.data.adopted_tokenizer import check_tokenizer, check_tokens_of
 from flows.data.sources import check_sources
 from flows.evaluation.task_files import check_tasks
+from flows.export.shipped.encryption import read_key
 from flows.launcher.check import check_launcher
 from flows.serving.installation import check_server_available
 from flows.training.deepspeed_config import deepspeed_config
@@ -34,6 +35,11 @@ def check(config: Config) -> None:
         _check_device(run)
     check_launcher(config.launcher)
     check_server_available()
+    if config.export.encrypt_weights:
+        try:
+            read_key()
+        except RuntimeError as error:
+            raise ConfigError(f"export.encrypt_weights={config.export.encrypt_weights} needs a key: {error}") from error
 
 
 def _check_weights(run: TrainingRun) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.config import Config
+from flows.config.serving import LOOPBACK, ServeConfig
 from flows.serving.installation import check_server_available
 from flows.serving.repository import TEXT_SUFFIX, lock_repository
 from flows.serving.served_view import Pool, ServedView
@@ -67,7 +68,7 @@ def _serve_alone(config: Config, directory: Path, stop: threading.Event, running
                 view.path,
                 list(state),
                 config.artifacts_dir / f"serve-{options.http_port}.log",
-                host=options.host,
+                host=options.server_host,
                 http_port=options.http_port,
                 grpc_port=options.grpc_port,
                 metrics_port=options.metrics_port,
@@ -81,9 +82,21 @@ def _serve_alone(config: Config, directory: Path, stop: threading.Event, running
         from flows.serving.openai_server import OpenAIServer  # imports a web framework
 
         interface = running.enter_context(
-            OpenAIServer(server.grpc_address, repository, options.host, options.openai_port, options.api_keys_path)
+            OpenAIServer(
+                server.grpc_address,
+                repository,
+                options.host,
+                options.openai_port,
+                options.api_keys_path,
+                http_address=server.http_address,
+                max_body_bytes=options.max_body_bytes,
+                max_connections=options.max_connections,
+            )
         )
         logger.info("OpenAI-compatible: base_url=http://%s/v1", interface.address)
+    if options.host not in LOOPBACK:
+        keys = "for a key" if options.openai_port is not None else "nobody for a key"
+        logger.warning("Reachable from other machines on %s, which asks %s: %s", options.host, keys, exposed(options))
     watcher = RepositoryWatcher(server, repository, view, state)
     while not stop.wait(options.poll_interval_s):
         server.check_running()
@@ -123,6 +136,16 @@ def _serve_replicas(config: Config, directory: Path, stop: threading.Event, runn
         logger.info("OpenAI-compatible: base_url=%s://%s/v1", scheme, service.openai_address)
     while not stop.wait(options.poll_interval_s):
         service.look()
+
+
+def exposed(options: ServeConfig) -> str:
+    """What other machines can reach."""
+    what = []
+    if options.openai_port is not None:
+        what.append("with a key, completions, chats and inference of every published model, without TLS")
+    if options.accept_unguarded_ports:
+        what.append("without a key, all that the server's own HTTP, gRPC and metrics ports answer, without TLS")
+    return "; ".join(what)
 
 
 def ready_message(

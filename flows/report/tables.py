@@ -75,7 +75,7 @@ def parity_grid(checks: Sequence[Mapping[str, Any]]) -> Grid:
     """Worst difference between served and trained scores as a share of the tolerance, by batch size and length.
 
     Args:
-        checks: Rows of the passport; those called `scores` count, over both transports and all paddings.
+        checks: Rows of the passport; those called `scores` count, over all transports and paddings.
     """
     worst: dict[str, dict[str, float]] = defaultdict(dict)
     for check in checks:

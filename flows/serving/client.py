@@ -39,6 +39,8 @@ class Transport(StrEnum):
 
     http = "http"
     grpc = "grpc"
+    shared_memory = "shared memory"
+    """Of the machine that both are on; for scores only."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class Client:
         return [int(version) for version in (metadata.versions if self._grpc else metadata["versions"])]
 
     def is_ready(self, model: str, version: str) -> bool:
-        """Whether the server says that it can answer for a version.
+        """Whether the server answers for this version.
 
         Raises:
             tritonclient.utils.InferenceServerException: It cannot be reached.

@@ -16,7 +16,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from flows.config.serving import EntryConfig
 from flows.export.runtime import ProgramError
 
-__all__ = ["ParseError", "parse", "read_graph", "scores_config", "signature", "text_config", "to_text"]
+__all__ = ["ModelConfig", "ParseError", "parse", "read_graph", "scores_config", "signature", "text_config", "to_text"]
 
 WARMUP_TOKENS = 8
 """Length of the requests with which the server warms up."""

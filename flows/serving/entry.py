@@ -19,12 +19,13 @@ from flows.artifact import Artifact, digest_file, digest_json, write_json_atomic
 from flows.config.checks import require
 from flows.config.serving import EntryConfig
 from flows.data.tokenizer import CHAT_TEMPLATE_FILE, chat_template, end_of_text
+from flows.export.shipped.encryption import encrypt, key_digest
 
 REPOSITORY = "repo"
 STAGED_VERSION = "1"
 FILES = "files.json"
 SHIPPED = Path(__file__).parents[1] / "export" / "shipped"
-SCORES_SOURCES = ("digests.py", "onnx_session.py")
+SCORES_SOURCES = ("digests.py", "encryption.py", "onnx_session.py")
 TEXT_SOURCES = (*SCORES_SOURCES, "continuous_batching.py", "pages.py", "sampling.py", "text_programs.py")
 LIBRARY = "tokenizers.abi3.so"
 
@@ -32,7 +33,8 @@ LIBRARY = "tokenizers.abi3.so"
 def fingerprint(config: EntryConfig) -> str:
     """Digest of what is copied into every version from outside the store: model sources and the tokenizer library."""
     sources = {path.name: digest_file(path) for path in SHIPPED.glob("*.py")}
-    return digest_json({**sources, LIBRARY: digest_file(tokenizer_library())})
+    key = {"key": key_digest()} if config.export.encrypt_weights else {}
+    return digest_json({**sources, LIBRARY: digest_file(tokenizer_library()), **key})
 
 
 def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
@@ -61,9 +63,14 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
     shutil.copy(program / "model.onnx", version)
     _copy_sources(version, "scores.py", SCORES_SOURCES)
     settings = {"sequence_length": config.sequence_length, "threads": config.export.threads}
+    _encrypt(version, config)
     _seal(version, settings)
     (scores / "configs").mkdir()
-    for path, embedded in ((scores / "config.pbtxt", False), (scores / "configs" / "embedded.pbtxt", True)):
+    # the ONNX backend reads files, and cannot decrypt
+    for path, embedded in (
+        (scores / "config.pbtxt", config.export.encrypt_weights),
+        (scores / "configs" / "embedded.pbtxt", True),
+    ):
         message = config_pbtxt.scores_config(config, inputs, outputs, embedded=embedded)
         path.write_text(config_pbtxt.to_text(message))
     (scores / "warmup").mkdir()
@@ -94,6 +101,7 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
         "max_running": export.max_running,
         "max_waiting": export.max_waiting,
     }
+    _encrypt(version, config)
     _seal(version, text_settings | {"platform": platform.machine()})
     (text / "config.pbtxt").write_text(config_pbtxt.to_text(config_pbtxt.text_config(config)))
     return {
@@ -151,6 +159,12 @@ def _check_cache(generation: Path, config: EntryConfig) -> None:
         f"does not hold one text of {tokens} tokens x {token_bytes} bytes",
         f"Set export.cache_mb={-(-8 * tokens * token_bytes // 10**6)} or more.",
     )
+
+
+def _encrypt(version: Path, config: EntryConfig) -> None:
+    if config.export.encrypt_weights:
+        for program in version.glob("*.onnx"):
+            encrypt(program)
 
 
 def _seal(version: Path, settings: Mapping[str, Any]) -> None:

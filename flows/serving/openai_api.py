@@ -23,6 +23,7 @@ from fastapi import Depends, FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from grpc.aio import AioRpcError
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flows.config.checks import require
@@ -34,6 +35,9 @@ from flows.serving.repository import TEXT_SUFFIX, published_names
 
 REPEATS = 5
 STATUS_BY_MESSAGE = {"wait already": 429, "timeout_ms has passed": 504, "is not found": 404, "not ready": 404}
+
+STATUS_BY_CODE = {"StatusCode.UNAVAILABLE": 503, "StatusCode.INTERNAL": 503, "StatusCode.CANCELLED": 503}
+"""Of what the text model does not word itself: the server is gone, or a part of it."""
 
 
 @dataclass
@@ -242,6 +246,8 @@ async def _ask(address: str, model: str, inputs: Sequence[dict[str, Any]]) -> As
                 refusal = refusal or error
                 if error is None:
                     yield _piece(result)
+        except AioRpcError as error:  # the connection itself
+            raise InferenceServerException(str(error.details()), str(error.code())) from error
         except BaseException:
             responses.cancel()
             raise
@@ -329,7 +335,9 @@ def _described(repository: Path, name: str) -> dict[str, Any]:
 
 def _http_error(error: InferenceServerException) -> HTTPException:
     message = str(error.message())
-    return HTTPException(next((code for part, code in STATUS_BY_MESSAGE.items() if part in message), 400), message)
+    otherwise = STATUS_BY_CODE.get(str(error.status()), 400)
+    code = next((code for part, code in STATUS_BY_MESSAGE.items() if part in message), otherwise)
+    return HTTPException(code, message if code != 503 else "The inference server does not answer. Try again later.")
 
 
 def _error(message: str, code: int, parameter: str | None = None) -> dict[str, Any]:

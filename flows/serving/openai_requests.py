@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+MAX_CHOICES = 128
+"""Texts of one request: prompts times `n`."""
+Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63 - MAX_CHOICES)]
 
 
 def _as_list(value: Any) -> Any:
@@ -29,7 +34,7 @@ class Request(BaseModel):
     stop: Annotated[list[str], BeforeValidator(_as_list)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    seed: int | None = None
+    seed: Int64 | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     logit_bias: None = None
@@ -37,7 +42,7 @@ class Request(BaseModel):
     """Ignored, like `metadata` and `store`."""
     metadata: dict[str, str] | None = None
     store: bool | None = None
-    top_k: int = 0
+    top_k: Int32 = 0
     """Beyond OpenAI's interface, as is `repetition_penalty`."""
     repetition_penalty: float = 1.0
 
@@ -50,13 +55,19 @@ class Request(BaseModel):
 class CompletionRequest(Request):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int = 16
+    prompt: str | list[str] | list[Int64] | list[list[Int64]]
+    max_tokens: Int32 = 16
     logprobs: Literal[0] | None = None
     """0: of the tokens that were chosen; alternatives are not computed."""
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
     suffix: None = None
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> Self:
+        if len(self.prompts) * self.n > MAX_CHOICES:
+            raise ValueError(f"prompts times n must not exceed {MAX_CHOICES}")
+        return self
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -98,8 +109,8 @@ class ChatRequest(Request):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Int32 | None = None
+    max_completion_tokens: Int32 | None = None
     logprobs: bool = False
     top_logprobs: Literal[0] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None

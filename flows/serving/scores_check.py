@@ -1,4 +1,4 @@
-"""Compares served scores with the checkpoint's: every batch size, length and padding, both transports, real batches.
+"""Compares served scores with the checkpoint's: every batch size, length and padding, every transport, real batches.
 
 Shape letters: N inputs, L length, B batch size, V vocabulary.
 """
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from flows.serving.client import Client, Transport
+from flows.serving.client import Transport
+from flows.serving.endpoint import Endpoint
 
 Ids = NDArray[np.int64]
 FLOOR_ULPS = 4
@@ -107,7 +108,8 @@ def make_batch(
 
 
 def check_scores(
-    addresses: dict[Transport, str],
+    endpoint: Endpoint,
+    transports: Sequence[Transport],
     model: str,
     version: str,
     reference: Reference,
@@ -117,7 +119,8 @@ def check_scores(
     """One row per transport, batch size, length and padding, then one per transport for concurrent requests.
 
     Args:
-        addresses: Where each transport listens.
+        endpoint: The server.
+        transports: How to ask.
         model: Name of the scores model.
         version: The version to ask.
         reference: What to expect.
@@ -125,15 +128,15 @@ def check_scores(
         random: Chooses rows and padding.
     """
     checks = []
-    for transport, address in addresses.items():
-        with Client(transport, address) as client:
+    for transport in transports:
+        with endpoint.connect(transport) as client:
             cases = list(_cases(reference, max_batch_size, random))
             for details, batch in tqdm(cases, desc=f"scores over {transport}", disable=None):
                 logits_BV = client.scores(model, batch.ids_BL, batch.mask_BL, version)
                 worst = batch.worst_difference(logits_BV, reference)
                 details = {"transport": transport.value, **details}
                 checks.append(Check("scores", worst <= reference.tolerance, worst, reference.tolerance, details))
-        checks.append(_check_concurrent(transport, address, model, version, reference, max_batch_size, random))
+        checks.append(_check_concurrent(endpoint, transport, model, version, reference, max_batch_size, random))
     return checks
 
 
@@ -157,8 +160,8 @@ def _cases(
 
 
 def _check_concurrent(
+    endpoint: Endpoint,
     transport: Transport,
-    address: str,
     model: str,
     version: str,
     reference: Reference,
@@ -170,13 +173,13 @@ def _check_concurrent(
     threads, worst = 2 * max_batch_size, 0.0
 
     def ask(batches: list[Batch]) -> float:
-        with Client(transport, address) as client:
+        with endpoint.connect(transport) as client:
             return max(
                 batch.worst_difference(client.scores(model, batch.ids_BL, batch.mask_BL, version), reference)
                 for batch in batches
             )
 
-    with Client(transport, address) as observer, ThreadPoolExecutor(threads) as pool:
+    with endpoint.connect(transport) as observer, ThreadPoolExecutor(threads) as pool:
         before = observer.executed_batches(model)
         for _ in range(CONCURRENT_ROUNDS):
             work: list[list[Batch]] = [[] for _ in range(threads)]

@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from flows.config import ConfigError
 from flows.launcher import stop_sessions
+from flows.serving.endpoint import ADMIN_HEADER, Endpoint
 from flows.serving.installation import Installation, ServerError, prepare_installation
 
 SHARED_MEMORY_DIR = Path("/dev/shm")
@@ -35,6 +36,8 @@ STACK_BYTES = 512 << 20
 """2.51 keeps a request's JSON body on the stack: with the usual 8 MB, a body of 5 MB ends the server."""
 STARTS = 3
 """Times that a server is started which finds a port taken that had been free."""
+CLOSED = "model-repository,shared-memory,trace,logging"
+"""Groups of endpoints that only who started the server may use: they load code, read memory and write files."""
 LAST_LINES = 12
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
@@ -83,6 +86,12 @@ class InferenceServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._shared_memory_prefix = f"{PREFIX}-{os.getpid()}-{secrets.token_hex(4)}-"
         self._runtime_dir: Path | None = None
+        self._admin_key = secrets.token_hex(16)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where it answers, with the key to what is closed to others."""
+        return Endpoint(self.http_address, self.grpc_address, self.metrics_address, self._admin_key)
 
     @property
     def http_address(self) -> str:
@@ -160,7 +169,8 @@ class InferenceServer:
         return sorted(int(entry["version"]) for entry in ready)
 
     def _post(self, path: str) -> bytes:
-        request = urllib.request.Request(f"http://{self.http_address}/{path}", data=b"{}", method="POST")
+        headers = dict(self.endpoint.http_headers)
+        request = urllib.request.Request(f"http://{self.http_address}/{path}", b"{}", headers, method="POST")
         with urllib.request.urlopen(request, timeout=self._startup_timeout_s) as response:
             body: bytes = response.read()
         return body
@@ -178,6 +188,8 @@ class InferenceServer:
             f"--http-port={self._ports['http_port']}",
             f"--grpc-port={self._ports['grpc_port']}",
             f"--metrics-port={self._ports['metrics_port']}",
+            f"--http-restricted-api={CLOSED}:{ADMIN_HEADER}={self._admin_key}",
+            f"--grpc-restricted-protocol={CLOSED}:{ADMIN_HEADER}={self._admin_key}",
             f"--exit-timeout-secs={self._exit_timeout_s}",
             "--metrics-config=summary_latencies=true",  # quantiles, which an alert on the p95 needs
             f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",

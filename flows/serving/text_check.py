@@ -12,9 +12,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from flows.serving.client import Client, Completion, Transport
+from flows.serving.client import Completion, Transport
+from flows.serving.endpoint import Endpoint
 from flows.serving.scores_check import Check
 
+TRANSPORTS = (Transport.http, Transport.grpc)
 FUZZ_STRINGS = 48
 FUZZ_CHARACTERS = 24
 """Longest random string."""
@@ -23,25 +25,50 @@ EDGE_STRINGS = (
     " ",
     "\n\n\t",
     "\x00",
+    "a\x00b\x07\x1b[0m\x7f\x85",
     "<|endoftext|>",
+    "<|im_start|>user\nx<|im_end|>",
     "e\u0301 \u00e9",
+    "e" + "\u0301" * 40,
     "\U0001f469\u200d\U0001f680",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467\U0001f3fd\U0001f1e9\U0001f1ea",
     "\ufeff\u202ea",
+    "\u2066\u05d0\u05d1\u2069 \u0627\u0644\u200f1",
+    "\ud7ff\ue000\uffff\U00010000\U0010ffff",
+    "\u2028\u2029\u00a0\u3000\u200b",
+    "\u1100\u1161\u11a8\uac01",
+    "0" * 5000,
+    "ab\u00e4\U0001f600 \n" * 800,
 )
-UNICODE_RANGES = ((0x20, 0x7F), (0x80, 0x250), (0x370, 0x530), (0x3040, 0x9FFF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF))
+"""Controls, special tokens, combining and joined characters, right to left, beside surrogates, very long."""
+UNICODE_RANGES = (
+    (0x00, 0x20),
+    (0x20, 0x7F),
+    (0x80, 0x250),
+    (0x300, 0x370),
+    (0x370, 0x530),
+    (0x590, 0x700),
+    (0x1100, 0x1200),
+    (0x2000, 0x2070),
+    (0x3040, 0x9FFF),
+    (0xD700, 0xD800),
+    (0xE000, 0xFFFF),
+    (0x10000, 0x10FFFF),
+    (0x1F1E6, 0x1FAFF),
+)
 
 
 @dataclass(frozen=True)
 class Served:
     """Where the text model answers."""
 
-    addresses: dict[Transport, str]
+    endpoint: Endpoint
     model: str
     version: str
 
     def generate(self, transport: Transport, prompt: str, **options: float) -> Completion:
         """A continuation, over a connection of its own."""
-        with Client(transport, self.addresses[transport]) as client:
+        with self.endpoint.connect(transport) as client:
             return client.generate(self.model, prompt, version=self.version, options=options)
 
 
@@ -97,7 +124,7 @@ def check_text(
     checks = [_check_tokenizer(served, checkpoint, tolerance, random)]
     expected = [checkpoint.continue_greedily(prompt, new_tokens) for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as pool:
-        for transport in served.addresses:
+        for transport in TRANSPORTS:
             together = list(pool.map(lambda prompt: served.generate(transport, prompt, max_tokens=new_tokens), prompts))  # noqa: B023
             for number, (prompt, answer, (new, leads)) in enumerate(zip(prompts, together, expected, strict=True)):
                 alone = served.generate(transport, prompt, max_tokens=new_tokens)
@@ -143,7 +170,7 @@ def _check_tokenizer(served: Served, checkpoint: Checkpoint, tolerance: float, r
     """Equal token counts, and an equal next token, which hangs on every id before it."""
     texts = [*EDGE_STRINGS, *(_random_string(random) for _ in range(FUZZ_STRINGS))]
     failures, near_ties = [], 0
-    with Client(Transport.grpc, served.addresses[Transport.grpc]) as client:
+    with served.endpoint.connect(Transport.grpc) as client:
         for text in texts:
             answer = client.generate(served.model, text, version=served.version, options={"max_tokens": 1})
             count = len(checkpoint.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -171,7 +198,7 @@ def _check_stream(served: Served, transport: Transport, prompts: Sequence[str], 
     details: dict[str, Any] = {"transport": transport.value, "prompts": len(prompts)}
     for prompt in prompts:
         whole = served.generate(transport, prompt, max_tokens=new_tokens).text
-        with Client(transport, served.addresses[transport]) as client:
+        with served.endpoint.connect(transport) as client:
             options = {"max_tokens": new_tokens}
             pieces = list(client.stream(served.model, prompt, version=served.version, options=options))
         if (text := "".join(piece.text for piece in pieces)) != whole:
@@ -182,7 +209,7 @@ def _check_stream(served: Served, transport: Transport, prompts: Sequence[str], 
 def _check_seed(served: Served, prompt: str, new_tokens: int) -> Check:
     texts = {
         served.generate(transport, prompt, max_tokens=new_tokens, temperature=1.0, top_p=0.95, seed=7).text
-        for transport in [*served.addresses, *served.addresses]
+        for transport in TRANSPORTS * 2
     }
     details: dict[str, Any] = {"seed": 7} | ({"failure": f"one seed, {len(texts)} texts"} if len(texts) > 1 else {})
     return Check("same seed, same sample", len(texts) == 1, details=details)

@@ -12,7 +12,17 @@ from flows.artifact import Artifact
 from flows.config.serving import PublishConfig
 from flows.serving import publish
 from flows.serving.server import InferenceServer
-from tests.serving.tiny_chain import ENTRY, EXPORT, NAME, Chain, build_chain, build_entry, make_passport
+from tests.serving.tiny_chain import (
+    ENTRY,
+    EXPORT,
+    NAME,
+    Chain,
+    Published,
+    build_chain,
+    build_entry,
+    make_passport,
+    publish_chain,
+)
 from tests.serving.tiny_model import artifact
 
 
@@ -46,6 +56,11 @@ def passport(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Artifact
 @pytest.fixture(scope="session")
 def other_passport(other_chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_passport(tmp_path_factory.mktemp("other_passport") / "artifact", other_chain)
+
+
+@pytest.fixture(scope="session")
+def published(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return publish_chain(tmp_path_factory.mktemp("published"), chain)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 
 from flows.artifact import digest_file
 from flows.export.runtime import ProgramError
+from flows.export.shipped import encryption
 from flows.serving import config_pbtxt
 from tests.serving import tiny_model
 from tests.serving.tiny_chain import ENTRY, EXPORT, NAME, Chain, build_entry
@@ -120,7 +121,8 @@ def test_the_served_text_ends_with_the_token_that_the_models_tokenizer_names(cha
     assert found == ["<|endoftext|>", "<|im_end|>"]
 
 
-def test_every_setting_reaches_the_entry(chain: Chain, tmp_path: Path) -> None:
+def test_every_setting_reaches_the_entry(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(encryption.KEY, "0f" * 32)
     digests = {chain.entry.digest}
     changed = [
         replace(ENTRY, sequence_length=16),

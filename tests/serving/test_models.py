@@ -27,7 +27,7 @@ TEXT = f"{NAME}_text"
 LENGTH = tiny_model.SEQUENCE_LENGTH
 
 
-@pytest.fixture(params=list(Transport))
+@pytest.fixture(params=[Transport.http, Transport.grpc])
 def client(server: InferenceServer, request: pytest.FixtureRequest) -> Iterator[Client]:
     address = server.http_address if request.param is Transport.http else server.grpc_address
     with Client(request.param, address) as connected:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flows.artifact import Artifact
-from flows.config.serving import EntryConfig, ExportConfig, PassportConfig, VerifyConfig
-from flows.serving import entry, verify
+from flows.artifact import Artifact, Stage, _seal, load_artifact
+from flows.config.serving import EntryConfig, ExportConfig, PassportConfig, PublishConfig, VerifyConfig
+from flows.serving import entry, publish, verify
 from tests.serving import tiny_model
 
 NAME = "tiny"
@@ -69,3 +70,50 @@ def make_passport(directory: Path, chain: Chain) -> Artifact:
     directory.mkdir(parents=True)
     metrics = verify.build(directory, PASSPORT, chain.passport_parents)
     return replace(tiny_model.artifact("passport", directory), metrics=metrics)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Version 1 in a model repository, and the store that it came from."""
+
+    repository: Path
+    artifacts: Path
+
+    @property
+    def store(self) -> Path:
+        return self.artifacts / "store"
+
+    def copy(self, target: Path) -> Path:
+        return Path(shutil.copytree(self.repository, target))
+
+
+def publish_chain(root: Path, chain: Chain) -> Published:
+    store = root / "artifacts" / "store"
+    stored = store_chain(store, chain)
+    passport = _store(store, make_passport(root / "passport", stored), stored.passport_parents)
+    parents = {"entry": stored.entry, "passport": passport, "gates": stored.program}
+    (root / "record").mkdir()
+    publish.build(root / "record", PublishConfig(model_name=NAME, model_repo=root / "repo"), parents)
+    return Published(root / "repo", root / "artifacts")
+
+
+def store_chain(store: Path, chain: Chain) -> Chain:
+    """The chain as its stages would have left it in an artifact store, with a passport and all manifests."""
+    raw = store.parent / "raw"
+    raw.mkdir(parents=True)
+    (raw / "documents.txt").write_text("def\n")
+    corpus = _store(store, tiny_model.artifact("corpus", raw), {})
+    tokenizer = _store(store, chain.tokenizer, {"corpus": corpus})
+    tokens = _store(store, chain.tokens, {"corpus": corpus, "tokenizer": tokenizer})
+    model = _store(store, chain.model, {"tokens": tokens, "tokenizer": tokenizer})
+    program = _store(store, chain.program, {"model": model})
+    generation = _store(store, chain.generation, {"model": model})
+    entry = _store(store, chain.entry, {"program": program, "generation": generation})
+    return Chain(tokens, tokenizer, model, program, generation, entry)
+
+
+def _store(store: Path, made: Artifact, parents: Mapping[str, Artifact]) -> Artifact:
+    place = store / made.key
+    shutil.copytree(made.path, place)
+    _seal(place, Stage(made.stage, "flows.artifact", None, parents), made.key, made.metrics, 0)
+    return load_artifact(place)

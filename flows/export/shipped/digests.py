@@ -3,13 +3,15 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 FILES = "files.json"
 
 
-def check_files(version_dir: Path) -> None:
-    """Raises RuntimeError, naming the file, unless every file listed in `files.json` has its sha256."""
-    expected: dict[str, str] = json.loads((version_dir / FILES).read_text())
+def check_files(version_dir: Path) -> str:
+    """sha256 of `files.json` itself; RuntimeError, naming the file, unless every file listed there has its sha256."""
+    listing = (version_dir / FILES).read_bytes()
+    expected: dict[str, str] = json.loads(listing)
     for name, digest in sorted(expected.items()):
         path = version_dir / name
         if not path.is_file():
@@ -23,3 +25,22 @@ def check_files(version_dir: Path) -> None:
                 f"{path} has sha256 {actual.hexdigest()[:12]}, not {digest[:12]} as when it was verified. "
                 "Publish the model again; this version is not served."
             )
+    return hashlib.sha256(listing).hexdigest()
+
+
+def state_files(server: Any, labels: dict[str, str], digest: str) -> Any:
+    """Has the server's metrics say what was loaded; the metric is there as long as what this returns is kept.
+
+    Args:
+        server: `triton_python_backend_utils`.
+        labels: Model and version.
+        digest: What `check_files` returned.
+    """
+    family = server.MetricFamily(
+        name="millrace_version_info",
+        description="1 for each loaded version; files: sha256 of the files.json that its files were checked against",
+        kind=server.MetricFamily.GAUGE,
+    )
+    metric = family.Metric(labels={**labels, "files": digest})
+    metric.set(1)
+    return family, metric

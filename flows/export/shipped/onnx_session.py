@@ -5,12 +5,14 @@ from pathlib import Path
 
 import onnxruntime
 
+from .encryption import SUFFIX, decrypt, find
+
 
 def open_session(program: Path, threads: int) -> onnxruntime.InferenceSession:
     """A session on the CPU, set up alike wherever candidates are measured and served.
 
     Args:
-        program: ONNX file.
+        program: ONNX file; an encrypted one beside its name is decrypted in memory.
         threads: Threads of one request; 0 = the runtime's choice.
     """
     options = onnxruntime.SessionOptions()
@@ -20,7 +22,9 @@ def open_session(program: Path, threads: int) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not has_vnni():  # sums of two 8-bit products overflow 16 bits there; this asks for the exact, slower way
         options.add_session_config_entry("session.x64quantprecision", "1")
-    return onnxruntime.InferenceSession(str(program), options, providers=["CPUExecutionProvider"])
+    place = find(program) or program
+    source = decrypt(place) if place.name.endswith(SUFFIX) else str(place)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def has_vnni() -> bool:

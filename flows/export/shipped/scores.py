@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils  # provided by the server
 
-from .digests import check_files
+from .digests import check_files, state_files
 from .onnx_session import open_session
 
 Ids = npt.NDArray[np.int64]
@@ -28,7 +28,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Checks the version's files and makes a session."""
         here = Path(__file__).parent
-        check_files(here)
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self.stated = state_files(pb_utils, labels, check_files(here))
         settings = json.loads((here / "settings.json").read_text())
         self.sequence_length: int = settings["sequence_length"]
         self.session = open_session(here / "model.onnx", settings["threads"])

@@ -20,7 +20,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # provided by the server
 
 from .continuous_batching import Generator, Text
-from .digests import check_files
+from .digests import check_files, state_files
+from .encryption import find
 from .sampling import Sampling
 from .text_programs import PagedProgram, WholeProgram
 
@@ -55,7 +56,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Checks the version's files, loads program and tokenizer and starts to generate."""
         here = Path(__file__).parent
-        check_files(here)
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self.stated = state_files(pb_utils, labels, check_files(here))
         settings = json.loads((here / "settings.json").read_text())
         self.sequence_length: int = settings["sequence_length"]
         self.max_new_tokens: int = settings["max_new_tokens"]
@@ -64,7 +66,7 @@ class TritonPythonModel:
         self.tokenizer = load_library(here, settings["platform"]).Tokenizer.from_file(str(here / "tokenizer.json"))
         self.tokenizer.encode_special_tokens = True  # as in training: what a user types is text, never a control token
         self.end_of_text: int = self.tokenizer.token_to_id(settings["end_of_text"])
-        if (here / GENERATION).exists():
+        if find(here / GENERATION):
             program: Any = PagedProgram(here / GENERATION, settings["threads"], settings["cache_bytes"])
         else:
             program = WholeProgram(here / WHOLE, settings["threads"])
@@ -72,7 +74,7 @@ class TritonPythonModel:
         self.generator = Generator(
             program, self.decode, self.end_of_text, settings["max_running"], settings["prefill_tokens"]
         )
-        self.metrics = Metrics({"model": args["model_name"], "version": args["model_version"]})
+        self.metrics = Metrics(labels)
         self.arrived: deque[tuple[Text, Answer]] = deque()
         self.answers: dict[Text, Answer] = {}
         self.stopping = False
