@@ -7,6 +7,7 @@ from flows.config.checks import require
 from flows.config.engine import Device, Precision
 from flows.config.launcher import LauncherKind
 from flows.config.model import Architecture, Kernels
+from flows.config.serving import NO_CANDIDATE
 from flows.config.training import TrainingRun
 from flows.data.adopted_tokenizer import check_tokenizer
 from flows.data.sources import check_sources
@@ -21,14 +22,15 @@ def check(config: Config) -> None:
     for corpus in config.data.corpora.values():
         check_sources(corpus)
     if config.data.tokenizer.directory is not None:
-        check_tokenizer(config.data.tokenizer.directory)
+        check_tokenizer(config.data.tokenizer.directory, config.model.family)
     check_trackers(config.tracking)
     for run in config.training_runs().values():
         deepspeed_config(run)
         _check_weights(run)
         _check_device(run)
     check_launcher(config.launcher)
-    check_server_available()
+    if config.publish.candidate != NO_CANDIDATE:
+        check_server_available()
 
 
 def _check_weights(run: TrainingRun) -> None:
@@ -38,7 +40,7 @@ def _check_weights(run: TrainingRun) -> None:
         from flows.model.transformers_model import check_kind, longest_context
 
         check_initial_weights(run.model, run.model_section)
-        if theirs and (longest := longest_context(check_kind(run.model.initial_weights))):
+        if theirs and (longest := longest_context(check_kind(run.model.initial_weights, run.model.family))):
             require(
                 run.sequence_length <= longest,
                 "data.sequence_length",

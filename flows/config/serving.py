@@ -9,6 +9,7 @@ from pathlib import Path
 from flows.config.checks import require, require_positive
 
 AUTO_CANDIDATE = "auto"
+NO_CANDIDATE = "none"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -98,7 +99,8 @@ class PublishConfig:
     """Served name; `<name>_text` is its text in, text out companion."""
     model_repo: Path = Path("model_repo")
     candidate: str = AUTO_CANDIDATE
-    """`auto`: the fastest candidate that passes every gate; or a candidate's name."""
+    """`auto`: the fastest candidate that passes every gate; or a candidate's name; `none`: the run ends with the gates
+    and the report, and nothing is exported to the server."""
     keep_versions: int = 2
     """Newest versions that the inference server keeps loaded; older ones stay on disk."""
 

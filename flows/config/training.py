@@ -30,6 +30,9 @@ class TrainConfig:
 
     max_steps: int = 300
     """Optimizer updates."""
+    masked_share: float = 0.15
+    """Share of the tokens that are hidden at each step, others each time; BERT's (arXiv:1810.04805), more for large
+    models (arXiv:2202.08005). Evaluations hide BERT's share. Read for `model.family=masked_lm` only."""
     global_batch_size: int = 16
     """Sequences per optimizer update, over all ranks."""
     micro_batch_size: int = 8
@@ -76,6 +79,13 @@ class TrainConfig:
         )
         require_positive("train", self, ["checkpoint_interval_steps", "keep_checkpoints", "log_interval_steps"])
         require_fraction("train", self, ["min_learning_rate_ratio", "decay_share"])
+        require(
+            0 < self.masked_share < 1,
+            "train.masked_share",
+            self.masked_share,
+            "must be above 0 and below 1: hidden tokens are learnt from those that are left",
+            "Set train.masked_share=0.15.",
+        )
         require(
             0 <= self.ema_decay < 1,
             "train.ema_decay",

@@ -19,7 +19,8 @@ from flows.artifact import Artifact, write_json_atomically
 from flows.compression.candidate import count_parameters, load_candidate
 from flows.config.checks import require
 from flows.config.compression import QualityConfig
-from flows.config.model import Kernels
+from flows.config.model import Family, Kernels
+from flows.data.masking import view_of
 from flows.data.mixture import open_split
 from flows.data.packed import IGNORED, Sequences
 from flows.evaluation.sanity import find_faults
@@ -32,11 +33,12 @@ PROMPTS, PROMPT_TOKENS = 4, 16
 
 @dataclass(frozen=True)
 class Quality:
-    """Averages over the tokens that were predicted."""
+    """Averages over the tokens that were predicted: the next one each time, or for a masked model those hidden."""
 
     loss: float
     """Cross-entropy, nats per token."""
     perplexity: float
+    """exp(loss); of a masked model a pseudo-perplexity (arXiv:1910.14659), with several tokens hidden at once."""
     accuracy: float
     """Share of tokens that were the model's first choice."""
     bits_per_byte: float
@@ -70,12 +72,14 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
     dataset = open_split(parents["tokens"].path, "test", config.sequence_length, config.document_masks, config.mixture)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_candidate(parents["model"].path, Kernels.auto).to(device)
+    shown = view_of(model.family, parents["tokenizer"].path)(dataset)
     token_bytes = np.load(parents["tokenizer"].path / "token_bytes.npy")
     sequences = config.max_tokens // config.sequence_length
     batch_size = max(1, min(16, SCORES_LIMIT // (config.sequence_length * model.vocab_size)))
-    quality = measure_quality(model, dataset, sequences, batch_size, token_bytes)
-    prompts = np.stack([dataset[int(index)][:PROMPT_TOKENS] for index in dataset.first(PROMPTS)])
-    faults = find_faults(model, torch.from_numpy(prompts).to(next(model.parameters()).device))
+    quality = measure_quality(model, shown, sequences, batch_size, token_bytes)
+    prompts = np.stack([shown.row(int(index)).input_ids_L[:PROMPT_TOKENS] for index in shown.first(PROMPTS)])
+    goes_on = model.family == Family.causal_lm
+    faults = find_faults(model, torch.from_numpy(prompts).to(next(model.parameters()).device), goes_on)
     metrics = {**asdict(quality), "parameters": count_parameters(model), "faults": faults}
     write_json_atomically(directory / "quality.json", metrics)
     return metrics

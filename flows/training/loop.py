@@ -16,6 +16,7 @@ from flows.artifact import write_json_atomically
 from flows.config import flat_settings
 from flows.config.model import Kernels
 from flows.config.training import Objective, TrainConfig, TrainingRun
+from flows.data.masking import view_of
 from flows.data.mixture import epochs, open_split
 from flows.data.packed import Sequences
 from flows.launcher import Heartbeat
@@ -65,7 +66,10 @@ def train(job: TrainingJob) -> None:
     heartbeat.beat()
     index = json.loads((job.tokens_dir / "index.json").read_text())
     dataset = open_split(job.tokens_dir, "train", run.sequence_length, run.document_masks, run.mixture)
-    validation = open_split(job.tokens_dir, "validation", run.sequence_length, run.document_masks, run.mixture)
+    as_learned = view_of(run.model.family, job.tokenizer_dir)
+    validation = as_learned(
+        open_split(job.tokens_dir, "validation", run.sequence_length, run.document_masks, run.mixture)
+    )
     model = _initial_model(job, index["vocab_size"])
     counts = count_weights(model)
     engine = build_engine(LossModule(model, _loss(job)), run)
@@ -88,7 +92,8 @@ def train(job: TrainingJob) -> None:
         torch.manual_seed(hash((run.seed, state.step, dist.get_rank())))  # a resumed run drops what others would
         with checkpoints.finished_on_error(), meter.step(), profile.step(state.step):
             with meter.loading():
-                batches = micro_batches(dataset, run, state.step, engine.device)
+                shown = as_learned(dataset, run.train.masked_share, (run.seed, state.step))
+                batches = micro_batches(shown, run, state.step, engine.device)
             loss = train_step(engine, batches, state.step)
         state.step += 1
         state.receipt = next_link(state.receipt, state.step, batches.sample_ids)
