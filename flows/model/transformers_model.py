@@ -84,8 +84,9 @@ class MaskedModel(TransformersModel):
         positions_BL = positions(input_ids_BL, attention_mask_BL, document_ids_BL)
         if config.model_type in COUNT_FROM_PADDING:
             positions_BL = positions_BL + config.pad_token_id + 1
-        order_L = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
-        seen_BLL = torch.ones_like(input_ids_BL, dtype=torch.bool)[:, None, :].expand(-1, len(order_L), -1)
+        length = input_ids_BL.shape[1]
+        order_L = torch.arange(length, device=input_ids_BL.device)
+        seen_BLL = torch.ones_like(input_ids_BL, dtype=torch.bool)[:, None, :].expand(-1, length, -1)
         if attention_mask_BL is not None:
             seen_BLL = seen_BLL & (attention_mask_BL[:, None, :] != 0)
         if document_ids_BL is not None:
