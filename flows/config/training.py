@@ -9,7 +9,7 @@ from flows.config.checks import require, require_fraction, require_positive
 from flows.config.engine import EngineConfig, Offload
 from flows.config.launcher import ELSEWHERE, LauncherConfig
 from flows.config.lora import LoraConfig
-from flows.config.model import Kernels, ModelConfig
+from flows.config.model import Family, Kernels, ModelConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.parallelism import check_parallelism
 from flows.config.tracking import TrackingConfig
@@ -165,6 +165,13 @@ class DistillConfig:
     forward_kl, the nearer to 1, the more like reverse_kl, and the smaller. Read by `jsd` only."""
 
     def __post_init__(self) -> None:
+        require(
+            self.student.family == Family.causal_lm,
+            "distill.student.family",
+            self.student.family,
+            "is not what is distilled: students learn to predict the next token",
+            "Set distill.student.family=causal_lm.",
+        )
         require_positive("distill", self, ["temperature"])
         require_fraction("distill", self, ["alpha"])
         require(

@@ -53,9 +53,7 @@ def view_of(family: Family, tokenizer_dir: Path) -> View:
     return partial(MaskedSequences, vocabulary=Vocabulary.read(tokenizer_dir))
 
 
-def _as_it_is(
-    dataset: Sequences, share: float = EVALUATED_SHARE, draw: tuple[int, ...] = EVALUATED
-) -> Sequences:
+def _as_it_is(dataset: Sequences, share: float = EVALUATED_SHARE, draw: tuple[int, ...] = EVALUATED) -> Sequences:
     return dataset
 
 

@@ -138,7 +138,9 @@ def check_kind(directory: Path, family: Family | None = None) -> dict[str, Any]:
         )
     own = Family.masked_lm if kind in MASKED_HEADS else Family.causal_lm
     if family not in (None, own):
-        raise CheckpointError(f"{directory / CONFIG} has model_type={kind}, which is no {family}. Set model.family={own}.")
+        raise CheckpointError(
+            f"{directory / CONFIG} has model_type={kind}, which is no {family}. Set model.family={own}."
+        )
     if found.get("sliding_window") and found.get("use_sliding_window", True):
         raise CheckpointError(
             f"{directory / CONFIG} has sliding_window={found['sliding_window']}, which cannot be exported. "

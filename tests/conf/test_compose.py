@@ -193,6 +193,16 @@ def test_every_optimizer_has_a_file_of_constants(name: str) -> None:
     assert {key: getattr(config.train.optimizer, key) for key in wanted} == wanted
 
 
+ENCODER = [
+    "model.architecture=transformers",
+    "model.family=masked_lm",
+    "model.initial_weights=x",
+    "data.tokenizer.directory=x",
+    "steps=none",
+    "publish.candidate=none",
+]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -217,6 +227,16 @@ def test_every_optimizer_has_a_file_of_constants(name: str) -> None:
             r"data.document_masks=True cannot be combined with model.architecture=transformers",
         ),
         (["model.architecture=transformers"], "model.architecture=transformers needs a model to start from"),
+        (
+            [*ENCODER, "publish.candidate=auto"],
+            r"publish.candidate=auto cannot .* Set publish.candidate=none: the model",
+        ),
+        ([*ENCODER, "data=chat"], r"data.corpus.format=messages cannot be combined with model.family=masked_lm"),
+        ([*ENCODER, "train.masked_share=1"], r"train.masked_share=1.0 must be above 0 and below 1"),
+        (
+            ["distill.student={architecture: transformers, family: masked_lm, initial_weights: x}"],
+            r"distill.student.family=masked_lm is not what is distilled",
+        ),
         (["train.lora.rank=4"], "train.lora.rank=4 needs trained weights to adapt"),
         (["train.lora.rank=4", "train.freeze=[x]"], r"train.freeze=\['x'\] cannot be combined with train.lora.rank=4"),
     ],
@@ -224,3 +244,9 @@ def test_every_optimizer_has_a_file_of_constants(name: str) -> None:
 def test_what_cannot_be_trained_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose_config(overrides)
+
+
+def test_an_encoder_is_trained_and_not_published() -> None:
+    config = compose_config(ENCODER)
+    assert config.training_runs()["base"].document_masks
+    assert config.gating().candidate == "none"

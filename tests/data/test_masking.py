@@ -56,7 +56,7 @@ def test_a_share_of_the_text_is_hidden_in_three_ways(dataset: PackedDataset) -> 
 
 def test_masks_follow_from_sample_and_step_alone(dataset: PackedDataset) -> None:
     first = inputs(MaskedSequences(dataset, 0.15, (7, 0), vocabulary=WORDS))
-    assert (first == inputs(MaskedSequences(dataset, 0.15, (7, 0), vocabulary=WORDS))[:: 1]).all()
+    assert (first == inputs(MaskedSequences(dataset, 0.15, (7, 0), vocabulary=WORDS))[::1]).all()
     for other in ((7, 1), (8, 0)):
         assert (first != inputs(MaskedSequences(dataset, 0.15, other, vocabulary=WORDS))).any(axis=1).all()
     evaluated = MaskedSequences(dataset, vocabulary=WORDS)

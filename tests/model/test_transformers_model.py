@@ -118,9 +118,7 @@ def test_an_encoders_scores_are_those_of_the_library_with_any_padding_and_neighb
     save_transformers_model(tmp_path / "saved", ours, weights)
     again = load_transformers_model(tmp_path / "saved")
     assert all(torch.equal(value, weights[name]) for name, value in again.inner.named_parameters())
-    described = ModelConfig(
-        architecture=Architecture.transformers, family=Family.masked_lm, initial_weights=directory
-    )
+    described = ModelConfig(architecture=Architecture.transformers, family=Family.masked_lm, initial_weights=directory)
     assert [name for name, _ in model_without_weights(described).named_parameters()] == list(weights)
     longest = longest_context(check_kind(directory))
     assert longest == (62 if kind in COUNT_FROM_PADDING else 64)

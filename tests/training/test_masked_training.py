@@ -189,8 +189,9 @@ def assert_measured_and_exported(model: Artifact, tokens: Artifact, tokenizer: A
     found = Program(tmp_path / "program").next_token_scores(ids, mask)
     assert np.abs(found - expected).max() <= exported["tolerance"]
     padded, shown = np.pad(ids, ((0, 0), (2, 0)), constant_values=MASK), np.pad(mask, ((0, 0), (2, 0)))
-    assert np.abs(Program(tmp_path / "program").next_token_scores(padded, shown) - expected).max() <= (
-        exported["tolerance"]
+    assert (
+        np.abs(Program(tmp_path / "program").next_token_scores(padded, shown) - expected).max()
+        <= (exported["tolerance"])
     )
 
 
