@@ -151,6 +151,8 @@ def run_of(case: Case, tiny_run: Run) -> TrainingRun:
         ema_decay=0.9 if case.averages else 0.0,
         **({"objective": Objective.distillation, "temperature": 2.0, "alpha": 0.7} if case.distills else {}),
     )
+    if engine.compile:  # no sign of life meanwhile: minutes on a machine that is busy with other work
+        run = replace(run, launcher=replace(run.launcher, stall_timeout_s=1200))
     return replace(run, document_masks=case.documents)
 
 
