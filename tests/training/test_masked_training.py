@@ -58,11 +58,17 @@ def masked_run(tiny_run: Run, tmp_path: Path) -> Run:
 
     def run(ranks: int, zero_stage: int = 1, dropout: float = 0.0) -> TrainingRun:
         torch.manual_seed(0)
-        shape = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
         config = BertConfig(
-            vocab_size=VOCAB_SIZE, max_position_embeddings=SEQUENCE_LENGTH, hidden_dropout_prob=dropout, **shape
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
         )
-        BertForMaskedLM(replace_dropout(config, dropout)).save_pretrained(tmp_path / "bert")
+        BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
         model = ModelConfig(
             architecture=Architecture.transformers, family=Family.masked_lm, initial_weights=tmp_path / "bert"
         )
@@ -79,11 +85,6 @@ def masked_run(tiny_run: Run, tmp_path: Path) -> Run:
         return replace(described, document_masks=True)
 
     return run
-
-
-def replace_dropout(config: BertConfig, dropout: float) -> BertConfig:
-    config.attention_probs_dropout_prob = dropout
-    return config
 
 
 def bare_losses(run: TrainingRun, data: dict[str, Artifact], tokenizer: Artifact, dtype: torch.dtype) -> list[float]:
@@ -154,7 +155,7 @@ def test_the_loss_curve_is_that_of_a_bare_loop_and_the_model_is_read_back(
         assert (ours(ids) - expected).abs().max() <= 64 * EPS * expected.abs().max()
     assert count_parameters(ours) == artifact.metrics["parameters"] == theirs.num_parameters()
     counted = arithmetic.parameter_count(counted_shape(run.model), VOCAB_SIZE)
-    assert counted == pytest.approx(theirs.num_parameters(), rel=0.15), "biases and positions weigh more when tiny"
+    assert counted == pytest.approx(theirs.num_parameters(), rel=0.2), "biases and positions weigh more when tiny"
     if ranks == 1:
         assert_measured_and_exported(artifact, data["tokens"], tokenizer, tmp_path)
 
