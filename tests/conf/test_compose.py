@@ -42,6 +42,7 @@ def test_every_file_composes(path: Path) -> None:
     }
     needs["prune_heal"] = ["prune=half"]
     needs["lora_finetune"] = ["model.initial_weights=x", *needs["files"]]
+    needs["encoder_finetune"] = needs["lora_finetune"]
     shared = "2" in path.stem and group.name == "engine" and not path.stem.startswith("zero")
     ranks = [f"launcher.num_ranks={2 if shared else 1}"] if group.name in ("experiment", "engine") else []
     config = compose_config([f"{prefix}{group}={path.stem}", *needs.get(path.stem, []), *ranks])
