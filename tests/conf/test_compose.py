@@ -232,7 +232,10 @@ ENCODER = [
             [*ENCODER, "publish.candidate=auto"],
             r"publish.candidate=auto cannot .* Set publish.candidate=none: the model",
         ),
-        ([*ENCODER, "data=chat", "data.corpus.paths=[x]"], r"data.corpus.format=messages cannot be combined with model.family=masked_lm"),
+        (
+            [*ENCODER, "data=chat", "data.corpus.paths=[x]"],
+            r"data.corpus.format=messages cannot be combined with model.family=masked_lm",
+        ),
         ([*ENCODER, "train.masked_share=1"], r"train.masked_share=1.0 must be above 0 and below 1"),
         (
             ["distill.student={architecture: transformers, family: masked_lm, initial_weights: x}"],
