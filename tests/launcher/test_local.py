@@ -64,8 +64,7 @@ def test_a_hung_rank_ends_the_run_with_the_stack_of_every_silent_rank(
         "stuck_here() if rank == 1 else waiting_for_the_other()"
     )
     with pytest.raises(
-        RankError,
-        match=r"rank [01] gave no sign of life for \d+ s, more than (.|\n)*(waiting_for_the_other|stuck_here)",
+        RankError, match=r"rank [01] gave no sign of life for \d+ s, more than (.|\n)*(waiting_for_the_other|stuck_here)"
     ):
         launch(module, tmp_path / "logs", stall_timeout_s=1)
     assert "waiting_for_the_other" in (tmp_path / "logs" / "rank-0.log").read_text()

@@ -161,9 +161,18 @@ def run_of(case: Case, tiny_run: Run) -> TrainingRun:
     "case", [*CASES, *(pytest.param(case, marks=pytest.mark.exhaustive) for case in MORE_CASES)], ids=str
 )
 def test_the_loss_curve_and_the_weights_are_those_of_a_bare_loop(
-    case: Case, trained: Trained, losses: Losses, tiny_run: Run, data: dict[str, Artifact], teacher: Artifact
+    case: Case,
+    trained: Trained,
+    losses: Losses,
+    tiny_run: Run,
+    data: dict[str, Artifact],
+    teacher: Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = run_of(case, tiny_run)
+    shared = tmp_path / "compiled"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared))
     artifact = trained(run, **({"teacher": teacher} if case.distills else {}))
     used = teacher if case.distills else None
     if run.engine.precision != Precision.fp32:
@@ -174,6 +183,7 @@ def test_the_loss_curve_and_the_weights_are_those_of_a_bare_loop(
     else:
         assert_same_curve(losses(artifact), run, data, used)
     assert all(event["grad_norm"] > 0 for event in artifact.metrics["curve"] if "train_loss" in event)
+    assert not shared.exists(), "a rank that is killed while it compiles would leave half a library to others"
     assert_stream_is_proven(artifact, run, data)
     assert_saved_weights_are_the_measured_ones(artifact, run, data)
 
