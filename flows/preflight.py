@@ -7,6 +7,7 @@ from flows.config.checks import require
 from flows.config.engine import Device, Precision
 from flows.config.launcher import LauncherKind
 from flows.config.model import Architecture, Kernels
+from flows.config.serving import NO_CANDIDATE
 from flows.config.training import TrainingRun
 from flows.data.adopted_tokenizer import check_tokenizer, check_tokens_of
 from flows.data.sources import check_sources
@@ -23,7 +24,7 @@ def check(config: Config) -> None:
     for corpus in config.data.corpora.values():
         check_sources(corpus)
     if config.data.tokenizer.directory is not None:
-        check_tokenizer(config.data.tokenizer.directory)
+        check_tokenizer(config.data.tokenizer.directory, config.model.family)
     check_trackers(config.tracking)
     if config.evaluate.tasks.directory is not None:
         check_tasks(config.evaluate.tasks.directory)
@@ -34,7 +35,8 @@ def check(config: Config) -> None:
             check_tokens_of(run.model.initial_weights, config.data.tokenizer.directory, run.model_section)
         _check_device(run)
     check_launcher(config.launcher)
-    check_server_available()
+    if config.publish.candidate != NO_CANDIDATE:
+        check_server_available()
     if config.export.encrypt_weights:
         try:
             read_key()
@@ -49,7 +51,7 @@ def _check_weights(run: TrainingRun) -> None:
         from flows.model.transformers_model import check_kind, longest_context
 
         check_initial_weights(run.model, run.model_section)
-        if theirs and (longest := longest_context(check_kind(run.model.initial_weights))):
+        if theirs and (longest := longest_context(check_kind(run.model.initial_weights, run.model.family))):
             require(
                 run.sequence_length <= longest,
                 "data.sequence_length",

@@ -35,6 +35,7 @@ from flows.artifact import Artifact, ArtifactStore, Stage
 from flows.chain import ChainResult, run_chain
 from flows.compose import compose_config, run_cli
 from flows.config import Config, ConfigError, RunError, to_json
+from flows.config.serving import NO_CANDIDATE
 from flows.join import join, lead
 from flows.launcher import Preempted, treat_as_preemption
 from flows.launcher.rendezvous import leads
@@ -82,6 +83,9 @@ def train(overrides: Sequence[str] = (), config: Config | None = None) -> State[
         return Failed(name=PREEMPTED, message=str(stop))
     except (RunError, ConfigError) as error:
         return Failed(message=str(error))
+    if config.publish.candidate == NO_CANDIDATE:
+        choice = result.gates.metrics["choice"]
+        return Completed(message=f"Nothing is published, as {choice}. Report: {report_path(config)}")
     if result.published is None:
         return Failed(message=f"No candidate passed the gates, so nothing was published. See {report_path(config)}.")
     released = result.published.metrics

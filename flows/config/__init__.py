@@ -7,19 +7,20 @@ from pathlib import Path
 
 from flows.config.checks import ConfigError, RunError, require
 from flows.config.compression import EvaluateConfig, GatingConfig, QualityConfig
-from flows.config.data import DataConfig
+from flows.config.data import DataConfig, Format
 from flows.config.distillation import check_against_teacher
 from flows.config.engine import EngineConfig
 from flows.config.hardware import PlanConfig
 from flows.config.json_form import flat_settings, from_json, from_plain, to_json, to_plain, with_settings
 from flows.config.launcher import LauncherConfig
-from flows.config.model import Architecture, ModelConfig
+from flows.config.model import Architecture, Family, ModelConfig
 from flows.config.monitoring import MonitorConfig
 from flows.config.predict import PredictConfig
 from flows.config.prune import PruneConfig, PruningConfig, pruned_shape
 from flows.config.quantize import QuantizeConfig, QuantizingConfig, check_quantized_shape
 from flows.config.serving import (
     AUTO_CANDIDATE,
+    NO_CANDIDATE,
     CacheDtype,
     EntryConfig,
     ExportConfig,
@@ -79,11 +80,11 @@ class Config:
         )
         check_steps(self.steps)
         require(
-            self.publish.candidate in (AUTO_CANDIDATE, *self.candidates),
+            self.publish.candidate in (AUTO_CANDIDATE, NO_CANDIDATE, *self.candidates),
             "publish.candidate",
             self.publish.candidate,
             f"is not a candidate of this run, which makes {self.candidates}",
-            f"Set publish.candidate={AUTO_CANDIDATE}, or one of them.",
+            f"Set publish.candidate={AUTO_CANDIDATE}, one of them, or {NO_CANDIDATE}.",
         )
         if self.model.architecture == Architecture.transformers:
             require(
@@ -94,7 +95,7 @@ class Config:
                 "Set steps=none.",
             )
             require(
-                not self.data.document_masks,
+                not self.data.document_masks or self.model.family == Family.masked_lm,
                 "data.document_masks",
                 self.data.document_masks,
                 f"cannot be combined with model.architecture={self.model.architecture}: it knows no document ids",
@@ -108,6 +109,8 @@ class Config:
                 "their beginning each time, nothing of them is kept",
                 "Set export.cache_dtype=float32.",
             )
+        if self.model.family == Family.masked_lm:
+            self._check_masked()
         for section, model in {"model": self.model, "distill.student": self.distill.student}.items():
             weights = model.initial_weights
             require(
@@ -137,6 +140,30 @@ class Config:
         self.training_runs()
         check_students(self)
         self.passport()
+
+    def _check_masked(self) -> None:
+        require(
+            self.publish.candidate == NO_CANDIDATE,
+            "publish.candidate",
+            self.publish.candidate,
+            f"cannot be combined with model.family={self.model.family}: what is served and verified is the next token",
+            f"Set publish.candidate={NO_CANDIDATE}: the model is trained, measured and kept, and nothing is published.",
+        )
+        require(
+            self.evaluate.tasks.directory is None,
+            "evaluate.tasks.directory",
+            self.evaluate.tasks.directory,
+            f"cannot be combined with model.family={self.model.family}: the tasks ask for the likelihood of what follows",
+            "Set evaluate.tasks.directory=null.",
+        )
+        for corpus in self.data.corpora.values():
+            require(
+                corpus.format == Format.text,
+                "data.corpus.format",
+                corpus.format,
+                f"cannot be combined with model.family={self.model.family}: tokens are hidden in plain text",
+                "Set data.corpus.format=text.",
+            )
 
     @property
     def candidates(self) -> list[str]:

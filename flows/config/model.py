@@ -17,6 +17,13 @@ class Kernels(StrEnum):
     reference = "reference"
 
 
+class Family(StrEnum):
+    """What a model is asked: the token that follows, or those that are hidden."""
+
+    causal_lm = "causal_lm"
+    masked_lm = "masked_lm"
+
+
 class Architecture(StrEnum):
     """Whose code computes the model."""
 
@@ -29,8 +36,11 @@ class ModelConfig:
     """A Llama-class decoder; the vocabulary comes from the tokenizer."""
 
     architecture: Architecture = Architecture.decoder
-    """`decoder`: ours; `transformers`: the causal language model in `initial_weights` as that library computes it. Its
-    shape is its own then: the settings of the shape below are not read."""
+    """`decoder`: ours; `transformers`: the language model in `initial_weights` as that library computes it. Its shape
+    is its own then: the settings of the shape below are not read."""
+    family: Family = Family.causal_lm
+    """`causal_lm`: predicts the next token; `masked_lm`: fills in hidden tokens (encoders such as BERT,
+    arXiv:1810.04805), trained, measured and saved, but not published."""
     hidden_size: int = 256
     intermediate_size: int = 704
     """Width of the SwiGLU feed-forward layer: 8/3 of the hidden size (arXiv:2302.13971), up to a multiple of 32."""
@@ -77,6 +87,13 @@ class ModelConfig:
             self.architecture,
             "needs a model to start from, and model.initial_weights is null",
             "Set model.initial_weights to a Hugging Face directory, or model.architecture=decoder.",
+        )
+        require(
+            self.family == Family.causal_lm or self.architecture == Architecture.transformers,
+            "model.family",
+            self.family,
+            f"cannot be combined with model.architecture={self.architecture}, whose tokens see none that follow",
+            "Set model.architecture=transformers, or model.family=causal_lm.",
         )
         pairs = 2 * self.num_attention_heads
         require(

@@ -11,6 +11,7 @@ from flows.config.canary import CanaryConfig
 from flows.config.checks import require, require_positive
 
 AUTO_CANDIDATE = "auto"
+NO_CANDIDATE = "none"
 MAX_REPLICAS = 64
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 MAX_BODY_BYTES = 4 * 10**6
@@ -115,7 +116,8 @@ class PublishConfig:
     """Served name; `<name>_text` is its text in, text out companion."""
     model_repo: Path = Path("model_repo")
     candidate: str = AUTO_CANDIDATE
-    """`auto`: the fastest candidate that passes every gate; or a candidate's name."""
+    """`auto`: the fastest candidate that passes every gate; or a candidate's name; `none`: the run ends with the gates
+    and the report, and nothing is exported to the server."""
     keep_versions: int = 2
     """Newest versions that the inference server keeps loaded; older ones stay on disk."""
     live: bool = True

@@ -17,7 +17,7 @@ from flows.config.distillation import (
 from flows.config.engine import EngineConfig, Offload
 from flows.config.launcher import ELSEWHERE, LauncherConfig
 from flows.config.lora import LoraConfig
-from flows.config.model import Kernels, ModelConfig
+from flows.config.model import Family, Kernels, ModelConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.parallelism import check_parallelism
 from flows.config.quantization_aware import QuantizationAwareConfig
@@ -40,6 +40,9 @@ class TrainConfig:
 
     max_steps: int = 300
     """Optimizer updates."""
+    masked_share: float = 0.15
+    """Share of the tokens that are hidden at each step, others each time; BERT's (arXiv:1810.04805), more for large
+    models (arXiv:2202.08005). Evaluations hide BERT's share. Read for `model.family=masked_lm` only."""
     global_batch_size: int = 16
     """Sequences per optimizer update, over all ranks."""
     micro_batch_size: int = 8
@@ -88,6 +91,13 @@ class TrainConfig:
         )
         require_positive("train", self, ["checkpoint_interval_steps", "keep_checkpoints", "log_interval_steps"])
         require_fraction("train", self, ["min_learning_rate_ratio", "decay_share"])
+        require(
+            0 < self.masked_share < 1,
+            "train.masked_share",
+            self.masked_share,
+            "must be above 0 and below 1: hidden tokens are learnt from those that are left",
+            "Set train.masked_share=0.15.",
+        )
         require(
             0 <= self.ema_decay < 1,
             "train.ema_decay",
@@ -181,6 +191,13 @@ class DistillConfig:
         return tuple(range(0, num_layers, self.student_every)) if self.student_every else self.student_layers
 
     def __post_init__(self) -> None:
+        require(
+            self.student.family == Family.causal_lm,
+            "distill.student.family",
+            self.student.family,
+            "is not what is distilled: students learn to predict the next token",
+            "Set distill.student.family=causal_lm.",
+        )
         require_positive("distill", self, ["temperature"])
         require_fraction("distill", self, ["alpha", "on_policy_share"])
         require(

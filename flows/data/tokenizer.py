@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from flows.artifact import Artifact, digest_file, digest_json, write_json_atomically
 from flows.config.data import TokenizerConfig
-from flows.data.adopted_tokenizer import adopt_tokenizer
+from flows.data.adopted_tokenizer import adopt_tokenizer, mask_token
 from flows.data.conversations import CHAT_TEMPLATE, MESSAGE_END, MESSAGE_START
 from flows.data.splits import read_documents_of
 
@@ -29,7 +29,8 @@ def fingerprint(config: TokenizerConfig) -> str | None:
     """Digest of the tokenizer that is taken as it is, where there is one."""
     if config.directory is None:
         return None
-    return digest_json({name: digest_file(config.directory / name) for name in ("tokenizer.json", "config.json")})
+    files = [config.directory / name for name in ("config.json", *TOKENIZER_FILES)]
+    return digest_json({path.name: digest_file(path) for path in files if path.exists()})
 
 
 def build(directory: Path, config: TokenizerConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
@@ -66,6 +67,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of an artifact, set to take text that spells a special token as the ordinary text it is."""
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()  # an adopted one may be set to cut texts at its model's longest input, or to fill them up
+    tokenizer.no_padding()
     return tokenizer
 
 
@@ -80,6 +83,14 @@ def end_of_text(directory: Path) -> str:
     """The token of a tokenizer artifact, or of a model, that closes a document."""
     described = directory / "tokenizer_config.json"
     return str(json.loads(described.read_text())["eos_token"]) if described.exists() else END_OF_TEXT
+
+
+def mask_token_id(directory: Path) -> int:
+    """The id of the token that stands in the place of a hidden one."""
+    token = mask_token(directory)
+    index: int | None = None if token is None else load_tokenizer(directory).token_to_id(token)
+    assert index is not None, f"the tokenizer in {directory} lacks a mask token"
+    return index
 
 
 def chat_template(directory: Path) -> str:

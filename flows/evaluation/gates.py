@@ -11,7 +11,7 @@ from typing import Any
 from flows.artifact import Artifact, write_json_atomically
 from flows.config.compression import GatesConfig, GatingConfig
 from flows.config.prune import TWO_OF_FOUR
-from flows.config.serving import AUTO_CANDIDATE
+from flows.config.serving import AUTO_CANDIDATE, NO_CANDIDATE
 from flows.config.steps import BASE, StepKind
 from flows.evaluation.pareto import front
 
@@ -124,9 +124,11 @@ def choose(rows: list[Row], wanted: str) -> tuple[str | None, str]:
 
     Args:
         rows: Judged candidates.
-        wanted: `auto` for the fastest one that passed, or a candidate's name.
+        wanted: `auto` for the fastest one that passed, a candidate's name, or `none`.
     """
     passed = [row for row in rows if row.passed]
+    if wanted == NO_CANDIDATE:
+        return None, f"publish.candidate={wanted}: {len(passed)} of {len(rows)} candidates passed the gates"
     if wanted == AUTO_CANDIDATE:
         if not passed:
             failures = "; ".join(f"{row.name}: {', '.join(row.reasons)}" for row in rows)

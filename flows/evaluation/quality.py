@@ -19,7 +19,8 @@ from flows.artifact import Artifact, write_json_atomically
 from flows.compression.candidate import count_parameters, load_candidate
 from flows.config.checks import require
 from flows.config.compression import QualityConfig
-from flows.config.model import Kernels
+from flows.config.model import Family, Kernels
+from flows.data.masking import view_of
 from flows.data.mixture import open_split
 from flows.data.packed import IGNORED, Sequences
 from flows.evaluation.sanity import find_faults
@@ -36,11 +37,12 @@ PROMPTS, PROMPT_TOKENS = 4, 16
 
 @dataclass(frozen=True)
 class Quality:
-    """Averages over the tokens that were predicted."""
+    """Averages over the tokens that were predicted: the next one each time, or for a masked model those hidden."""
 
     loss: float
     """Cross-entropy, nats per token."""
     perplexity: float
+    """exp(loss); of a masked model a pseudo-perplexity (arXiv:1910.14659), with several tokens hidden at once."""
     accuracy: float
     """Share of tokens that were the model's first choice."""
     bits_per_byte: float
@@ -90,13 +92,15 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
     paths = {role: parents[role].path for role in ("model", "base")}
     models = {path: load_candidate(path, Kernels.auto).to(device) for path in {*paths.values()}}
     model, base = models[paths["model"]], models[paths["base"]]
+    shown = view_of(model.family, parents["tokenizer"].path)(dataset)
     token_bytes = np.load(parents["tokenizer"].path / "token_bytes.npy")
     sequences = config.max_tokens // config.sequence_length
     batch_size = max(1, min(16, SCORES_LIMIT // (config.sequence_length * model.vocab_size)))
-    marks = WordMarks.of(parents["tokenizer"].path, token_bytes)
-    quality = measure_quality(model, base, dataset, sequences, batch_size, token_bytes, marks)
-    prompts = np.stack([dataset[int(index)][:PROMPT_TOKENS] for index in dataset.first(PROMPTS)])
-    faults = find_faults(model, torch.from_numpy(prompts).to(next(model.parameters()).device))
+    goes_on = model.family == Family.causal_lm
+    marks = WordMarks.of(parents["tokenizer"].path, token_bytes) if goes_on else None
+    quality = measure_quality(model, base, shown, sequences, batch_size, token_bytes, marks)
+    prompts = np.stack([shown.row(int(index)).input_ids_L[:PROMPT_TOKENS] for index in shown.first(PROMPTS)])
+    faults = find_faults(model, torch.from_numpy(prompts).to(next(model.parameters()).device), goes_on)
     metrics = {
         **asdict(quality),
         "parameters": count_parameters(model),
@@ -124,7 +128,7 @@ def measure_quality(
     sequences: int,
     batch_size: int,
     token_bytes: NDArray[Any],
-    marks: WordMarks,
+    marks: WordMarks | None,
 ) -> Quality:
     """Quality over `dataset`; every token but the first of a sequence, or of a document told apart, is predicted once.
 
@@ -135,7 +139,7 @@ def measure_quality(
         sequences: At most how many of them.
         batch_size: How many at once.
         token_bytes: UTF-8 bytes that each token stands for [V].
-        marks: Which tokens begin a word.
+        marks: Which tokens begin a word; None = single tokens are predicted, not words.
     """
     device = next(model.parameters()).device
     total = torch.zeros(4, dtype=torch.float64)
@@ -151,7 +155,8 @@ def measure_quality(
             scores = model(ids, **masks)
             reference = scores if base is model else base(ids, **masks)
             total += _sums(scores, reference, expected)
-            words += marks.count(targets, (scores.argmax(-1) == expected).cpu().numpy())
+            if marks is not None:
+                words += marks.count(targets, (scores.argmax(-1) == expected).cpu().numpy())
             predicted = targets[targets != IGNORED]
             tokens += predicted.size
             text_bytes += int(token_bytes[predicted].sum(dtype=np.int64))

@@ -11,12 +11,13 @@ LEAST_SPREAD = 1e-6
 
 
 @torch.no_grad()
-def find_faults(model: nn.Module, prompts_BL: Tensor) -> list[str]:
+def find_faults(model: nn.Module, prompts_BL: Tensor, goes_on: bool = True) -> list[str]:
     """A sentence for each thing that makes the model no language model at all; empty if there is none.
 
     Args:
         model: Ids [B, L] to scores [B, L, V].
         prompts_BL: Beginnings of several texts, int64; what follows is drawn from the last L tokens each time.
+        goes_on: Whether the model predicts what follows; one that fills in has nothing drawn from it.
     """
     scores_BLV = model(prompts_BL)
     if not bool(scores_BLV.isfinite().all()):
@@ -26,6 +27,8 @@ def find_faults(model: nn.Module, prompts_BL: Tensor) -> list[str]:
     spread = float(scores_BLV.flatten(0, 1).std(0).max())
     if not spread > LEAST_SPREAD * largest:
         return [f"its scores are the same for every input: they spread by {spread:.2g}, the largest is {largest:.2g}"]
+    if not goes_on:
+        return []
     generator = torch.Generator().manual_seed(0)
     ids_BL, first = prompts_BL, prompts_BL.shape[1]
     for _ in range(NEW_TOKENS):

@@ -1,4 +1,4 @@
-"""Stage: a candidate to an ONNX program of next-token scores, compared with the candidate before it counts."""
+"""Stage: a candidate to an ONNX program of one token's scores, compared with the candidate before it counts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from flows.artifact import Artifact
 from flows.compression.candidate import count_parameters, load_candidate
-from flows.data.tokenizer import copy_tokenizer
+from flows.config.model import Family
+from flows.data.tokenizer import copy_tokenizer, mask_token_id
 from flows.export.graph import OPSET, export_graph
 from flows.export.parity import compare
 from flows.export.runtime import PROGRAM, Program
@@ -30,11 +31,32 @@ class NextTokenScores(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores [batch, vocab] for ids and mask [batch, length], int64; padding on either side."""
         hidden = self.model.forward_hidden(input_ids, attention_mask)
-        order = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-        last = (attention_mask * order).argmax(1)
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-        scores: Tensor = self.model.lm_head(hidden[rows, last])
+        scores: Tensor = self.model.lm_head(hidden[rows, self.place(input_ids, attention_mask)])
         return scores
+
+    def place(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Position in each row whose scores are asked for [batch]: the last real one."""
+        order = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+        return (attention_mask * order).argmax(1)
+
+
+class HiddenTokenScores(NextTokenScores):
+    """Scores of each row's first mask token; where a row has none, of its last real token.
+
+    Args:
+        model: A masked model.
+        mask_token_id: Token in the place of a hidden one.
+    """
+
+    def __init__(self, model: Decoder | TransformersModel, mask_token_id: int) -> None:
+        super().__init__(model)
+        self.mask_token_id = mask_token_id
+
+    def place(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Position in each row whose scores are asked for [batch]."""
+        hidden = attention_mask * (input_ids == self.mask_token_id)
+        return torch.where(hidden.amax(1) > 0, hidden.argmax(1), super().place(input_ids, attention_mask))
 
 
 def build(directory: Path, config: None, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
@@ -53,7 +75,7 @@ def build(directory: Path, config: None, parents: Mapping[str, Artifact]) -> Map
         ProgramError: The program does not compute what the candidate computes.
     """
     source = parents["model"].path
-    scores = NextTokenScores(load_candidate(source)).eval()
+    scores = scores_of(load_candidate(source), source).eval()
     started = time.perf_counter()
     export_program(scores, directory / PROGRAM)
     seconds = time.perf_counter() - started
@@ -67,6 +89,18 @@ def build(directory: Path, config: None, parents: Mapping[str, Artifact]) -> Map
         "largest_difference": parity.largest_difference,
         "tolerance": parity.tolerance,
     }
+
+
+def scores_of(model: Decoder | TransformersModel, tokenizer_dir: Path) -> NextTokenScores:
+    """What a program of the model computes.
+
+    Args:
+        model: Any candidate.
+        tokenizer_dir: The candidate's directory, or its tokenizer's.
+    """
+    if model.family == Family.masked_lm:
+        return HiddenTokenScores(model, mask_token_id(tokenizer_dir))
+    return NextTokenScores(model)
 
 
 def export_program(scores: NextTokenScores, path: Path) -> None:

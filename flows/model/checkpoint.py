@@ -128,7 +128,7 @@ def check_initial_weights(config: ModelConfig, section: str = "model") -> None:
         return
     with _as_config_error(config.initial_weights, section):
         if config.architecture == Architecture.transformers:
-            check_kind(config.initial_weights)
+            check_kind(config.initial_weights, config.family)
             return
         found, _ = read_config(config.initial_weights)
     differing = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.config import ConfigError, RunError
-from flows.config.model import Architecture, ModelConfig
+from flows.config.model import Architecture, Family, ModelConfig
 
 CONFIG = "config.json"
 _ASSUMED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
@@ -23,8 +23,8 @@ _ARCHITECTURES = {
 }
 
 
-_FEED_FORWARD_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
-_GATED = ("gemma", "olmo2", "phi3", "smollm3")
+_FEED_FORWARD_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")
+_GATED = ("gemma", "modernbert", "olmo2", "phi3", "smollm3")
 """Kinds of transformers' models whose feed-forward layer has three matrices."""
 
 
@@ -159,16 +159,17 @@ def counted_shape(config: ModelConfig) -> ModelConfig:
                 return int(found[name])
         raise CheckpointError(f"{path} has none of {', '.join(names)}. Copy the model again.")
 
-    hidden, heads = number("hidden_size", "n_embd"), number("num_attention_heads", "n_head")
+    hidden, heads = number("hidden_size", "n_embd", "dim"), number("num_attention_heads", "n_head", "n_heads")
     four_times = {**found, "default": 4 * hidden}
     inner = next(int(four_times[name]) for name in (*_FEED_FORWARD_WIDTHS, "default") if four_times.get(name))
     gated = found.get("model_type") in _GATED
     return replace(
         config,
         architecture=Architecture.decoder,
+        family=Family.causal_lm,
         hidden_size=hidden,
         intermediate_size=inner if gated else round(inner * 2 / 3),  # two matrices, where ours has three
-        num_hidden_layers=number("num_hidden_layers", "n_layer"),
+        num_hidden_layers=number("num_hidden_layers", "n_layer", "n_layers"),
         num_attention_heads=heads,
         num_key_value_heads=int(found.get("num_key_value_heads") or heads),
         attention_head_dim=int(found["head_dim"]) if found.get("head_dim") else None,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flows.config.model import ModelConfig
+from flows.config.model import Family, ModelConfig
 from flows.model.attention import Attention, Visible, angles, positions, visible_keys
 from flows.model.mixture_of_experts import MixtureOfExperts
 from flows.model.norm import AddRMSNorm, RMSNorm
@@ -99,6 +99,8 @@ class Decoder(nn.Module):
         config: Shape, and which kernels to run.
         vocab_size: Number of tokens V.
     """
+
+    family = Family.causal_lm
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()

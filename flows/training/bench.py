@@ -1,17 +1,18 @@
 """Training speed of every engine against a bare torch loop of the same model and batches.
 
-    python -m flows.training.bench          one rank per ZeRO stage, two ranks of two kinds; two minutes and a half
-    python -m flows.training.bench --all    every engine
+    python -m flows.training.bench                      one rank per ZeRO stage, two ranks of two kinds; 2.5 minutes
+    python -m flows.training.bench --all                every engine on one, two and four ranks
+    python -m flows.training.bench --all --rounds 1     whether all of them run, in no time worth a number
 
 The bare loop is one process with all cores (on CUDA one GPU); it runs in turns with the engine, and its losses are
-compared first.
+compared at each step.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ from flows.launcher import launch_ranks
 
 MICRO_STEP_SEQUENCES = 8
 """In one forward-backward of all ranks together, and of the bare loop."""
+ROUNDS = 6
+"""Timed steps of each loop."""
 ALLOWED_DIFFERENCE = {Precision.fp32: 1e-3, Precision.bf16: 0.05}
 """Of losses of about 8 nats, in the first nine steps: above it there is nothing worth timing."""
 
@@ -40,6 +43,8 @@ class BenchJob:
     run: TrainingRun
     directory: Path
     """Where logs and result.json go."""
+    rounds: int
+    """Timed steps of each loop, after those that are only compared."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Row:
     name: str
     ranks: int
     engine: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 SHORT = [
@@ -56,6 +62,8 @@ SHORT = [
     Row("ZeRO-1", 2),
     Row("pipeline 2", 2, {"pipeline_stages": 2}),
 ]
+EXPERTS = {"num_experts": 4, "intermediate_size": 344, "router_aux_loss_coef": 0.0}
+"""Without the loss that keeps experts busy, which the bare loop has not."""
 MORE = [
     Row("ZeRO-1 bf16", 1, {"precision": Precision.bf16}),
     Row("ZeRO-1 recomputing", 1, {"activation_checkpointing": True}),
@@ -64,17 +72,25 @@ MORE = [
     *[Row(f"ZeRO-{stage}", 2, {"zero_stage": stage}) for stage in (0, 2, 3)],
     Row("tensor 2", 2, {"tensor_parallel_size": 2}),
     Row("sequence 2", 2, {"sequence_parallel_size": 2}),
-    *[Row(f"ZeRO-{stage}", 4, {"zero_stage": stage}) for stage in (1, 3)],
+    Row("ZeRO-1 bf16", 2, {"precision": Precision.bf16}),
+    Row("ZeRO-1 recomputing", 2, {"activation_checkpointing": True}),
+    Row("ZeRO-1 compiled", 2, {"compile": True}),
+    Row("ZeRO-3 offloaded", 2, {"zero_stage": 3, "offload_optimizer": Offload.cpu, "offload_parameters": Offload.cpu}),
+    Row("experts 2", 2, {"expert_parallel_size": 2}, EXPERTS),
+    *[Row(f"ZeRO-{stage}", 4, {"zero_stage": stage}) for stage in (0, 1, 2, 3)],
     Row("pipeline 2", 4, {"pipeline_stages": 2}),
     Row("pipeline 4", 4, {"pipeline_stages": 4}),
     Row("tensor 2", 4, {"tensor_parallel_size": 2}),
+    Row("tensor 4", 4, {"tensor_parallel_size": 4}),
     Row("sequence 2", 4, {"sequence_parallel_size": 2}),
+    Row("sequence 4", 4, {"sequence_parallel_size": 4}),
+    Row("experts 4", 4, {"expert_parallel_size": 4}, EXPERTS),
     Row("tensor 2 sequence 2", 4, {"tensor_parallel_size": 2, "sequence_parallel_size": 2}),
     Row("pipeline 2 sequence 2", 4, {"pipeline_stages": 2, "sequence_parallel_size": 2}),
 ]
 
 
-def main(rows: list[Row]) -> None:
+def main(rows: list[Row], rounds: int) -> None:
     """Prints the table, a line as soon as it is measured.
 
     Raises:
@@ -86,7 +102,7 @@ def main(rows: list[Row]) -> None:
     )
     for row in rows:
         run = _training_run(row)
-        result = _measured(run)
+        result = _measured(run, rounds)
         if result["loss_difference"] > ALLOWED_DIFFERENCE[run.engine.precision]:
             raise AssertionError(f"{row} does not train like the bare loop: {result}")
         print(
@@ -96,9 +112,9 @@ def main(rows: list[Row]) -> None:
         )
 
 
-def _measured(run: TrainingRun) -> dict[str, float]:
+def _measured(run: TrainingRun, rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
-        job = BenchJob(run=run, directory=Path(directory))
+        job = BenchJob(run=run, directory=Path(directory), rounds=rounds)
         path = job.directory / "run.json"
         path.write_text(to_json(job))
         os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,7 +127,7 @@ def _training_run(row: Row) -> TrainingRun:
     engine = EngineConfig(**row.engine)
     return TrainingRun(
         objective=Objective.cross_entropy,
-        model=ModelConfig(num_key_value_heads=4),
+        model=ModelConfig(num_key_value_heads=4, **row.model),
         train=TrainConfig(
             max_steps=100,
             warmup_steps=0,
@@ -127,4 +143,8 @@ def _training_run(row: Row) -> TrainingRun:
 
 
 if __name__ == "__main__":
-    main(SHORT + (MORE if "--all" in sys.argv else []))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every engine on one, two and four ranks")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed steps of each loop; {ROUNDS} if not given")
+    words = parser.parse_args()
+    main(SHORT + (MORE if words.all else []), max(1, words.rounds))

@@ -31,7 +31,6 @@ from flows.training.schedules import learning_rate
 VOCAB_SIZE = 4096
 SEQUENCES = 1024
 COMPARED_STEPS = 3
-ROUNDS = 6
 Step = Callable[[], float]
 
 
@@ -45,7 +44,7 @@ def measure(job: BenchJob) -> None:
     threads = torch.get_num_threads()
     seconds: dict[str, list[float]] = {"ours": [], "bare": []}
     difference = 0.0
-    for number in range(COMPARED_STEPS + ROUNDS):
+    for number in range(COMPARED_STEPS + job.rounds):
         dist.barrier()
         started = time.perf_counter()
         loss = ours()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable
 from functools import partial
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import cast
 
@@ -98,8 +100,20 @@ def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
     engine.reserved = reserved  # held as long as the engine is
     keep_norm(engine)
     if run.engine.compile:
+        engine.compiled_code = _compile_apart()
         engine.compile()
     return engine
+
+
+def _compile_apart() -> TemporaryDirectory[str]:
+    """Has this process compile into a directory of its own, which is removed with what is returned.
+
+    In torch's shared one a process that is killed leaves half a library, which every later run of the same model would
+    load, and fail.
+    """
+    directory = TemporaryDirectory(prefix="millrace-compiled-", ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory.name
+    return directory
 
 
 def _recompute_layers(model: Decoder) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from flows.artifact import write_json_atomically
 from flows.config import flat_settings
 from flows.config.training import TrainConfig, TrainingRun
+from flows.data.masking import view_of
 from flows.data.mixture import epochs, open_split
 from flows.data.packed import Sequences
 from flows.launcher import Heartbeat
@@ -66,7 +67,10 @@ def train(job: TrainingJob) -> None:
     index = json.loads((job.tokens_dir / "index.json").read_text())
     dataset = open_split(job.tokens_dir, "train", run.sequence_length, run.document_masks, run.mixture)
     held_out_dir = job.validation_dir or job.tokens_dir
-    validation = open_split(held_out_dir, "validation", run.sequence_length, run.document_masks, run.mixture)
+    as_learned = view_of(run.model.family, job.tokenizer_dir)
+    validation = as_learned(
+        open_split(held_out_dir, "validation", run.sequence_length, run.document_masks, run.mixture)
+    )
     cache = None if job.cache_dir is None else TeacherCache(job.cache_dir)
     read_records = None if cache is None else cache.records
     model = _initial_model(job, index["vocab_size"])
@@ -93,7 +97,8 @@ def train(job: TrainingJob) -> None:
         torch.manual_seed(hash((run.seed, state.step, dist.get_rank())))  # a resumed run drops what others would
         with checkpoints.finished_on_error(), meter.step(), profile.step(state.step):
             with meter.loading():
-                batches = micro_batches(dataset, run, state.step, engine.device, read_records)
+                shown = as_learned(dataset, run.train.masked_share, (run.seed, state.step))
+                batches = micro_batches(shown, run, state.step, engine.device, read_records)
             if run.on_policy_share > 0:
                 batches = taught_batches(engine, batches, run, state.step, index["eos_token_id"])
             loss = train_step(engine, batches, state.step)

@@ -12,7 +12,7 @@ from flows.training.adamw import AdamW
 from flows.training.lion import Lion
 from flows.training.muon import Muon
 
-HEADS = ("lm_head", "embed_out")
+HEADS = ("lm_head", "embed_out", "decoder", "vocab_projector")
 """Names of output projections in our decoder and in those of transformers."""
 
 

@@ -43,6 +43,7 @@ def test_every_file_composes(path: Path) -> None:
     needs["prune_heal"] = ["prune=half"]
     needs["compress"] = needs["prune_heal"] if group.name == "steps" else []
     needs["lora_finetune"] = ["model.initial_weights=x", *needs["files"]]
+    needs["encoder_finetune"] = needs["lora_finetune"]
     shared = "2" in path.stem and group.name == "engine" and not path.stem.startswith("zero")
     ranks = [f"launcher.num_ranks={2 if shared else 1}"] if group.name in ("experiment", "engine") else []
     config = compose_config([f"{prefix}{group}={path.stem}", *needs.get(path.stem, []), *ranks])
@@ -194,6 +195,16 @@ def test_every_optimizer_has_a_file_of_constants(name: str) -> None:
     assert {key: getattr(config.train.optimizer, key) for key in wanted} == wanted
 
 
+ENCODER = [
+    "model.architecture=transformers",
+    "model.family=masked_lm",
+    "model.initial_weights=x",
+    "data.tokenizer.directory=x",
+    "steps=none",
+    "publish.candidate=none",
+]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -218,6 +229,19 @@ def test_every_optimizer_has_a_file_of_constants(name: str) -> None:
             r"data.document_masks=True cannot be combined with model.architecture=transformers",
         ),
         (["model.architecture=transformers"], "model.architecture=transformers needs a model to start from"),
+        (
+            [*ENCODER, "publish.candidate=auto"],
+            r"publish.candidate=auto cannot .* Set publish.candidate=none: the model",
+        ),
+        (
+            [*ENCODER, "data=chat", "data.corpus.paths=[x]"],
+            r"data.corpus.format=messages cannot be combined with model.family=masked_lm",
+        ),
+        ([*ENCODER, "train.masked_share=1"], r"train.masked_share=1.0 must be above 0 and below 1"),
+        (
+            ["distill.student={architecture: transformers, family: masked_lm, initial_weights: x}"],
+            r"distill.student.family=masked_lm is not what is distilled",
+        ),
         (["train.lora.rank=4"], "train.lora.rank=4 needs trained weights to adapt"),
         (["train.lora.rank=4", "train.freeze=[x]"], r"train.freeze=\['x'\] cannot be combined with train.lora.rank=4"),
     ],
@@ -225,3 +249,9 @@ def test_every_optimizer_has_a_file_of_constants(name: str) -> None:
 def test_what_cannot_be_trained_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose_config(overrides)
+
+
+def test_an_encoder_is_trained_and_not_published() -> None:
+    config = compose_config(ENCODER)
+    assert config.training_runs()["base"].document_masks
+    assert config.gating().candidate == "none"

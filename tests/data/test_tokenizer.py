@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from flows.artifact import Artifact, digest_file
 from flows.config import ConfigError
 from flows.config.data import CorpusConfig, Source, TokenizerConfig
+from flows.config.model import Family
 from flows.data.adopted_tokenizer import check_tokenizer, check_tokens_of
 from flows.data.encode import encode_batches
 from flows.data.tokenizer import (
@@ -22,6 +23,7 @@ from flows.data.tokenizer import (
     end_of_text_id,
     fingerprint,
     load_tokenizer,
+    mask_token_id,
     spread_sample,
     trained_tokenizer,
     vocabulary_size,
@@ -141,6 +143,36 @@ def test_the_tokenizer_of_a_model_is_taken_as_it_is(email_chain: dict[str, Artif
     before = fingerprint(config)
     (model / "config.json").write_text(json.dumps({"vocab_size": 1101, "eos_token_id": 0}))
     assert fingerprint(config) != before
+
+
+def test_the_tokenizer_of_an_encoder_is_taken_as_it_is(tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    out.mkdir()
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "na", "##ïve", "reader", "."]
+    tokenizer = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    tokenizer.add_special_tokens(pieces[:5])
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding()
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "config.json").write_text(json.dumps({"vocab_size": 12}))
+    described = {"mask_token": {"content": "[MASK]"}, "sep_token": "[SEP]"}
+    (model / "tokenizer_config.json").write_text(json.dumps(described))
+    build(out, TokenizerConfig(directory=model), {})
+    assert end_of_text_id(out) == 3
+    assert mask_token_id(out) == 4
+    assert np.load(out / "token_bytes.npy").tolist() == [0, 0, 0, 0, 0, 2, 4, 6, 1, 0, 0, 0]
+    batch = next(encode_batches(out, ["naïve reader.", "reader"], 100, np.dtype("<u2")))
+    assert [document.tolist() for document in batch.documents] == [[5, 6, 7, 8, 3], [7, 3]]
+    check_tokenizer(model, Family.masked_lm)
+    with pytest.raises(ConfigError, match="is not byte-level BPE"):
+        check_tokenizer(model, Family.causal_lm)
+    before = fingerprint(TokenizerConfig(directory=model))
+    (model / "tokenizer_config.json").write_text(json.dumps({**described, "mask_token": "[M]"}))
+    assert fingerprint(TokenizerConfig(directory=model)) != before
+    with pytest.raises(ConfigError, match=r"has no mask token: tokenizer_config\.json says mask_token=\[M\]"):
+        check_tokenizer(model, Family.masked_lm)
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,10 @@ def test_auto_with_none_passed_says_why_for_each():
 def test_a_named_candidate_must_pass():
     rows = list(table(base_int8={"p50_ms": 12.0}).values())
     assert choose(rows, "base")[0] == "base"
+    assert choose(rows, "none") == (
+        None,
+        f"publish.candidate=none: {sum(row.passed for row in rows)} of {len(rows)} candidates passed the gates",
+    )
     chosen, choice = choose(rows, "base_int8")
     assert chosen is None
     assert choice.startswith(
