@@ -28,8 +28,8 @@ def _plain(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> 
     return F.cross_entropy(softcap * torch.tanh(logits / softcap) if softcap else logits, targets, reduction="sum")
 
 
-def _of_torch(x: Tensor, weight: Tensor, targets: Tensor, **chunks: Any) -> Tensor:
-    return F.linear_cross_entropy(x, weight, targets, **chunks)
+def _of_torch(x: Tensor, weight: Tensor, targets: Tensor, options: Any) -> Tensor:
+    return F.linear_cross_entropy(x, weight, targets, reduction="sum", options=options)
 
 
 def _rivals(softcap: float) -> dict[str, Call]:
@@ -41,8 +41,7 @@ def _rivals(softcap: float) -> dict[str, Call]:
         )
     )
     if not softcap and hasattr(F, "linear_cross_entropy"):  # not in torch 2.11
-        chunks = {"reduction": "sum", "options": torch.nn.LinearCrossEntropyOptions()}
-        rivals["F.linear_cross_entropy"] = partial(_of_torch, **chunks)
+        rivals["F.linear_cross_entropy"] = partial(_of_torch, options=torch.nn.LinearCrossEntropyOptions())
     return rivals
 
 
