@@ -43,7 +43,7 @@ _CONSTANTS = {
     ),
     80: {
         _WIDE: _Launches(_Launch(128, 64, 8, 3), _Launch(128, 32, 8, 2), _Launch(64, 64, 8, 2)),
-        _NARROW: _Launches(_Launch(128, 64, 4, 3), _Launch(128, 64, 8, 2), _Launch(128, 64, 8, 2)),
+        _NARROW: _Launches(_Launch(128, 32, 4, 3), _Launch(128, 64, 8, 2), _Launch(128, 64, 8, 2)),
         _RAGGED: _Launches(_Launch(64, 64, 4, 3), _Launch(64, 64, 8, 2), _Launch(64, 32, 4, 2)),
         _FLOAT32: _Launches(_Launch(32, 16, 8, 1), _Launch(16, 16, 8, 1), _Launch(16, 16, 8, 1)),
     },

@@ -1,4 +1,6 @@
-"""Scores of some tokens at a time: the loop that losses fused with the output projection share.
+# torch.autograd has few types:
+# mypy: disable-error-code="no-untyped-call, untyped-decorator"
+"""Scores of some tokens at a time: the loop and the gradient that losses fused with the output projection share.
 
 A chunk's scores are computed, compared and overwritten by their gradient, which is multiplied with the projection and
 with the hidden states at once: the scores of all tokens never exist together, and the backward pass only scales what is
@@ -9,6 +11,7 @@ it once per chunk, which is why a chunk on a GPU is as large as a share of that 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +88,49 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.copy_(a @ b)
     else:
         total.add_(a @ b)
+
+
+def empty_sums(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty results of an operation whose last arguments are wants_dx, wants_dweight and kernel."""
+    *_, wants_dx, wants_dweight, _ = rest
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dx, dweight = x.shape if wants_dx else (0,), weight.shape if wants_dweight else (0,)
+    return x.new_empty((), dtype=wide), x.new_empty(dx), x.new_empty(dweight, dtype=wide)
+
+
+def differentiable(operation: Callable[..., Any], x: Tensor, weight: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+    """The sum of the losses [] that an operation computes together with its gradients, where torch records them.
+
+    Args:
+        operation: Called as (x, weight, *arguments, wants_dx, wants_dweight, kernel).
+        x: Hidden states [N, D].
+        weight: Output projection [W, D].
+        arguments: The others, `kernel` last.
+    """
+    recorded = torch.is_grad_enabled()
+    wanted = (recorded and x.requires_grad, recorded and weight.requires_grad)
+    return _SumOfLosses.apply(x, weight, operation, wanted, *arguments)  # type: ignore[no-any-return]
+
+
+class _SumOfLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, operation: Any, wanted: tuple[bool, bool], *rest: Any) -> Tensor:
+        *arguments, kernel = rest
+        loss, dx, dweight = operation(x, weight, *arguments, *wanted, kernel)
+        ctx.save_for_backward(dx, dweight)
+        ctx.wanted, ctx.dtype, ctx.num_rest = wanted, weight.dtype, len(rest)
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight = ctx.saved_tensors
+        wants_dx, wants_dweight = ctx.wanted
+        return (
+            dx * scale.to(dx.dtype) if wants_dx else None,
+            scaled(dweight, scale, ctx.dtype) if wants_dweight else None,
+            *[None] * (2 + ctx.num_rest),
+        )
 
 
 def scaled(dweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,18 +1,14 @@
-# torch.autograd has few types:
-# mypy: disable-error-code="no-untyped-call, untyped-decorator"
 """Cross-entropy fused with the output projection, as a registered operation: see `kernels.head_chunks`.
 
 The kernels are those of `kernels.cross_entropy_triton`; without them a chunk is plain torch.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.chunk_sizes import CROSS_ENTROPY_SHARE
 from kernels.dispatch import runs_kernel
-from kernels.head_chunks import check_projection, chunk_tokens, scaled, sum_over_chunks
+from kernels.head_chunks import check_projection, chunk_tokens, differentiable, empty_sums, sum_over_chunks
 from kernels.loss_rows import cross_entropy_rows
 from kernels.registration import register
 
@@ -52,40 +48,12 @@ def linear_cross_entropy_fwd(
     return sum_over_chunks(x, weight, vocab_size, chunk, rows, wants_dx, wants_dweight)
 
 
-def _fake(x: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, wants_dx, wants_dweight, _ = rest
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dx, dweight = x.shape if wants_dx else (0,), weight.shape if wants_dweight else (0,)
-    return x.new_empty((), dtype=wide), x.new_empty(dx), x.new_empty(dweight, dtype=wide)
-
-
 _fwd = register(
     "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor targets, int vocab_size, float softcap, float z_loss, "
     "float label_smoothing, int chunk, bool wants_dx, bool wants_dweight, bool kernel) -> (Tensor, Tensor, Tensor)",
     "kernels.linear_cross_entropy",
-    _fake,
+    empty_sums,
 )
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, wanted: tuple[bool, bool], *rest: Any) -> Tensor:
-        *arguments, kernel = rest
-        loss, dx, dweight = _fwd(x, weight, *arguments, *wanted, kernel)
-        ctx.save_for_backward(dx, dweight)
-        ctx.wanted, ctx.dtype, ctx.num_rest = wanted, weight.dtype, len(rest)
-        return loss  # type: ignore[no-any-return]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight = ctx.saved_tensors
-        wants_dx, wants_dweight = ctx.wanted
-        return (
-            dx * scale.to(dx.dtype) if wants_dx else None,
-            scaled(dweight, scale, ctx.dtype) if wants_dweight else None,
-            *[None] * (1 + ctx.num_rest),
-        )
 
 
 def linear_cross_entropy(
@@ -128,7 +96,5 @@ def linear_cross_entropy(
     kernel = runs_kernel(kernels, x, columns=1)
     rows = x.reshape(-1, x.shape[-1])
     chunk = tokens_at_once or chunk_tokens(len(rows), rows, CROSS_ENTROPY_SHARE)
-    recorded = torch.is_grad_enabled()
-    wanted = (recorded and x.requires_grad, recorded and weight.requires_grad)
-    knobs = (vocab_size, softcap, z_loss, label_smoothing, chunk, kernel)
-    return _LinearCrossEntropy.apply(rows, weight, wanted, targets.reshape(-1), *knobs)  # type: ignore[no-any-return]
+    knobs = (vocab_size, softcap, z_loss, label_smoothing, chunk)
+    return differentiable(_fwd, rows, weight, (targets.reshape(-1), *knobs, kernel))

@@ -1,5 +1,3 @@
-# torch.autograd has few types:
-# mypy: disable-error-code="no-untyped-call, untyped-decorator"
 """Distillation fused with the output projections, as registered operations: see `kernels.head_chunks`.
 
 What a chunk is compared with is in `kernels.linear_distillation_triton`; without kernels it is plain torch.
@@ -12,7 +10,14 @@ from torch import Tensor
 
 from kernels.chunk_sizes import DISTILLATION_SHARE
 from kernels.dispatch import KernelError, runs_kernel
-from kernels.head_chunks import check_projection, chunk_tokens, scaled, scores_buffer, sum_over_chunks
+from kernels.head_chunks import (
+    check_projection,
+    chunk_tokens,
+    differentiable,
+    empty_sums,
+    scores_buffer,
+    sum_over_chunks,
+)
 from kernels.loss_rows import cached_distillation_rows, distillation_rows
 from kernels.registration import register
 
@@ -111,13 +116,6 @@ def linear_cached_distillation_fwd(
     return sum_over_chunks(x, weight, vocab_size, chunk, rows, wants_dx, wants_dweight)
 
 
-def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, wants_dx, wants_dweight, _ = rest
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dx, dweight = x.shape if wants_dx else (0,), weight.shape if wants_dweight else (0,)
-    return x.new_empty((), dtype=wide), x.new_empty(dx), x.new_empty(dweight, dtype=wide)
-
-
 _STUDENT = "Tensor x, Tensor weight, Tensor targets"
 _KNOBS = (
     "str divergence, float beta, float temperature, float alpha, int vocab_size, float softcap, int chunk, "
@@ -127,35 +125,14 @@ _dense_fwd = register(
     f"linear_distillation_fwd({_STUDENT}, Tensor teacher_x, Tensor teacher_weight, float teacher_softcap, {_KNOBS}) "
     "-> (Tensor, Tensor, Tensor)",
     "kernels.linear_distillation",
-    _fake,
+    empty_sums,
 )
 _cached_fwd = register(
     f"linear_cached_distillation_fwd({_STUDENT}, Tensor indices, Tensor log_probs, Tensor tail_log_mass, {_KNOBS}) "
     "-> (Tensor, Tensor, Tensor)",
     "kernels.linear_distillation",
-    _fake,
+    empty_sums,
 )
-
-
-class _LinearDistillation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, wanted: tuple[bool, bool], dense: bool, *rest: Any) -> Tensor:
-        *arguments, kernel = rest
-        loss, dx, dweight = (_dense_fwd if dense else _cached_fwd)(x, weight, *arguments, *wanted, kernel)
-        ctx.save_for_backward(dx, dweight)
-        ctx.wanted, ctx.dtype, ctx.num_rest = wanted, weight.dtype, len(rest)
-        return loss  # type: ignore[no-any-return]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight = ctx.saved_tensors
-        wants_dx, wants_dweight = ctx.wanted
-        return (
-            dx * scale.to(dx.dtype) if wants_dx else None,
-            scaled(dweight, scale, ctx.dtype) if wants_dweight else None,
-            *[None] * (2 + ctx.num_rest),
-        )
 
 
 def linear_distillation(
@@ -208,8 +185,6 @@ def linear_distillation(
     kernel = runs_kernel(kernels, x, columns=1)
     rows, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1).contiguous()
     chunk = tokens_at_once or chunk_tokens(len(rows), rows, DISTILLATION_SHARE)
-    recorded = torch.is_grad_enabled()
-    wanted = (recorded and x.requires_grad, recorded and weight.requires_grad)
     knobs = (divergence, beta, temperature, alpha, vocab_size, softcap, chunk)
     if isinstance(teacher, TeacherHead):
         kernel = kernel and runs_kernel(kernels, teacher.x, columns=1)
@@ -232,10 +207,8 @@ def linear_distillation(
             teacher.log_probs.detach().reshape(-1, kept).contiguous(),
             teacher.tail_log_mass.detach().reshape(-1).contiguous(),
         )
-    arguments = (labels, *theirs, *knobs, kernel)
-    return _LinearDistillation.apply(  # type: ignore[no-any-return]
-        rows, weight, wanted, isinstance(teacher, TeacherHead), *arguments
-    )
+    operation = _dense_fwd if isinstance(teacher, TeacherHead) else _cached_fwd
+    return differentiable(operation, rows, weight, (labels, *theirs, *knobs, kernel))
 
 
 def _check(

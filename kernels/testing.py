@@ -1,4 +1,4 @@
-"""How a kernel is held against the truth: derived tolerance, and memory that betrays what was not written."""
+"""How a kernel is held against the truth: derived tolerance, memory that betrays what was not written, strides."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +33,25 @@ def strict_memory() -> Iterator[None]:
 
     with poisoned_memory(), guarded_memory():
         yield
+
+
+def apart(x: Tensor) -> Tensor:
+    """The tensor with a gap after every element; in gaps is what must not be read: NaN, where there is one."""
+    return torch.stack((x, _unreadable(x)), dim=-1)[..., 0]
+
+
+def padded(x: Tensor) -> Tensor:
+    """The tensor with a gap after every row."""
+    return torch.cat((x, _unreadable(x)), dim=-1)[..., : x.shape[-1]]
+
+
+def turned(x: Tensor) -> Tensor:
+    """The tensor with columns that lie together, not rows; `apart` if it has one dimension."""
+    return x.mT.contiguous().mT if x.dim() > 1 else apart(x)
+
+
+def _unreadable(x: Tensor) -> Tensor:
+    return torch.full_like(x, torch.nan) if x.is_floating_point() else x
 
 
 def assert_close_to_truth(actual: Tensor, plain: Tensor, truth: Tensor, magnitude: Tensor | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pkgutil import iter_modules
 from typing import Any
 
@@ -103,6 +104,18 @@ class Trial:
         gradients = [torch.ones_like(output) for output in outputs] if gradients is None else gradients
         leaves = [value for wanted, value in zip(self._wanted, self._values, strict=True) if wanted]
         return list(torch.autograd.grad(outputs, leaves, gradients))
+
+
+def liger(adapted: Callable[[Any], Call], module: str = "liger_kernel.transformers.functional") -> dict[str, Call]:
+    """The rival by the name of "liger", where the package Liger-Kernel is installed; it is imported when it is called.
+
+    Args:
+        adapted: From the module, a call that takes a workload's arguments.
+        module: Of that package.
+    """
+    if find_spec("liger_kernel") is None:
+        return {}
+    return {"liger": lambda **inputs: adapted(import_module(module))(**inputs)}
 
 
 def all_workloads() -> list[Workload]:

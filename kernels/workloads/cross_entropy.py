@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import cross_entropy
-from kernels.workloads import Cost, Sizes, Workload
+from kernels.workloads import Cost, Sizes, Workload, liger
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -37,6 +37,9 @@ def _workload(columns: int, dtype: torch.dtype, overwrite: bool) -> Workload:
         plain=_plain,
         forward=partial(passes, 1),
         backward=partial(passes, 2),
+        rivals=liger(
+            lambda theirs: lambda logits, targets: theirs.liger_cross_entropy(logits, targets, reduction="sum")
+        ),
     )
 
 

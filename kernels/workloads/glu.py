@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kernels.dispatch import DTYPES
 from kernels.glu import geglu, swiglu
-from kernels.workloads import Cost, Sizes, Workload
+from kernels.workloads import Call, Cost, Sizes, Workload, liger
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -35,6 +35,7 @@ def _workload(
     columns: int,
     dtype: torch.dtype,
     kind: str = "",
+    rivals: dict[str, Call] | None = None,
 ) -> Workload:
     def forward(sizes: Sizes) -> Cost:
         return Cost(3 * sizes["rows"] * sizes["columns"] * dtype.itemsize)
@@ -53,11 +54,18 @@ def _workload(
         plain=plain,
         forward=forward,
         backward=backward,
+        rivals=rivals or {},
     )
 
 
+_LIGER_SWIGLU = liger(lambda theirs: lambda gate, up: theirs.liger_swiglu(gate, up))
+_LIGER_GEGLU = {"tanh": liger(lambda theirs: lambda gate, up: theirs.liger_geglu(gate, up)), "none": {}}
 WORKLOADS = [
-    *(_workload("swiglu", swiglu, _swiglu, columns, dtype) for columns in (14336, 688) for dtype in DTYPES),
+    *(
+        _workload("swiglu", swiglu, _swiglu, columns, dtype, rivals=_LIGER_SWIGLU)
+        for columns in (14336, 688)
+        for dtype in DTYPES
+    ),
     *(
         _workload(
             "geglu",
@@ -66,6 +74,7 @@ WORKLOADS = [
             14336,
             torch.bfloat16,
             kind=approximate,
+            rivals=_LIGER_GEGLU[approximate],
         )
         for approximate in ("tanh", "none")
     ),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.workloads import Call, Cost, Sizes, Workload
+from kernels.workloads import Call, Cost, Sizes, Workload, liger
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -30,11 +28,21 @@ def _plain(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> 
     return F.cross_entropy(softcap * torch.tanh(logits / softcap) if softcap else logits, targets, reduction="sum")
 
 
-def _rivals() -> dict[str, Call]:
-    if find_spec("liger_kernel") is None:
-        return {}
-    fused = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(reduction="sum")
-    return {"liger": lambda x, weight, targets: fused(weight, x, targets)}
+def _of_torch(x: Tensor, weight: Tensor, targets: Tensor, options: Any) -> Tensor:
+    return F.linear_cross_entropy(x, weight, targets, reduction="sum", options=options)
+
+
+def _rivals(softcap: float) -> dict[str, Call]:
+    rivals = liger(
+        lambda theirs: (
+            lambda x, weight, targets: theirs.liger_fused_linear_cross_entropy(
+                x, weight, targets, reduction="sum", softcap=softcap or None
+            )
+        )
+    )
+    if not softcap and hasattr(F, "linear_cross_entropy"):  # not in torch 2.11
+        rivals["F.linear_cross_entropy"] = partial(_of_torch, options=torch.nn.LinearCrossEntropyOptions())
+    return rivals
 
 
 def _workload(sizes: Sizes, small: Sizes, dtype: torch.dtype, softcap: float = 0.0) -> Workload:
@@ -55,7 +63,7 @@ def _workload(sizes: Sizes, small: Sizes, dtype: torch.dtype, softcap: float = 0
         plain=partial(_plain, softcap=softcap),
         forward=all_of_it,
         backward=nothing_yet,
-        rivals={} if softcap else _rivals(),
+        rivals=_rivals(softcap),
     )
 
 

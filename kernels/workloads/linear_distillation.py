@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.linear_distillation import CachedTeacher, TeacherHead, linear_distillation
-from kernels.workloads import Cost, Sizes, Workload
+from kernels.workloads import Call, Cost, Sizes, Workload, liger
 
 KEPT = 64
 
@@ -49,6 +49,12 @@ def _plain(x: Tensor, weight: Tensor, targets: Tensor, teacher: tuple[Tensor, ..
     return reference.cached_distillation(logits, targets, indices, log_probs, tail_log_mass, **knobs).sum()
 
 
+def _liger_jsd(theirs: Any) -> Call:
+    """The same work; a mean, without the factor T^2."""
+    loss = theirs.LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.5, temperature=2.0)
+    return lambda x, weight, targets, teacher: loss(x, weight, *teacher, targets)
+
+
 def _workload(sizes: Sizes, divergence: str, alpha: float, cached: bool = False) -> Workload:
     dtype = torch.bfloat16
 
@@ -70,6 +76,7 @@ def _workload(sizes: Sizes, divergence: str, alpha: float, cached: bool = False)
         plain=partial(_plain, divergence=divergence, temperature=2.0, alpha=alpha),
         forward=all_of_it,
         backward=nothing_yet,
+        rivals=liger(_liger_jsd, "liger_kernel.chunked_loss") if divergence == "jsd" else {},
     )
 
 

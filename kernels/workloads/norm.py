@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kernels import norm
 from kernels.dispatch import DTYPES, MAX_COLUMNS
-from kernels.workloads import Cost, Sizes, Workload
+from kernels.workloads import Call, Cost, Sizes, Workload, liger
 
 _BF16 = (torch.bfloat16,)
 
@@ -33,6 +33,15 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = x + residual
     return _layer_norm(total, weight, bias, eps), total
+
+
+_LIGER: dict[str, Callable[[Any], Call]] = {
+    "rms_norm": lambda theirs: lambda x, weight, eps: theirs.liger_rms_norm(x, weight, eps, in_place=False),
+    "add_rms_norm": lambda theirs: (
+        lambda x, residual, weight, eps: theirs.liger_fused_add_rms_norm(x, residual, weight, eps, in_place=False)
+    ),
+    "layer_norm": lambda theirs: lambda x, weight, bias, eps: theirs.liger_layer_norm(x, weight, bias, eps),
+}
 
 
 def _workload(op: str, plain: Callable[..., Any], rows: int, columns: int, dtype: torch.dtype) -> Workload:
@@ -64,6 +73,7 @@ def _workload(op: str, plain: Callable[..., Any], rows: int, columns: int, dtype
         plain=plain,
         forward=forward,
         backward=backward,
+        rivals=liger(_LIGER[op]) if op in _LIGER else {},
     )
 
 

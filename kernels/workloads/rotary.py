@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.dispatch import DTYPES
 from kernels.rotary import rotary
-from kernels.workloads import Cost, Sizes, Workload
+from kernels.workloads import Cost, Sizes, Workload, liger
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -51,6 +51,7 @@ def _workload(q_heads: int, k_heads: int, width: int, dtype: torch.dtype) -> Wor
         plain=_plain,
         forward=cost,
         backward=cost,
+        rivals=liger(lambda theirs: lambda q, k, cos, sin: theirs.liger_rope(q, k, cos[:, 0], sin[:, 0])),
     )
 
 

@@ -160,6 +160,22 @@ def test_writing_a_baseline_keeps_other_versions_and_architectures(tmp_path: Pat
     assert check_baseline.load(tmp_path / "none.json").kernels == {}
 
 
+def test_the_baseline_holds_the_same_launches_for_every_version() -> None:
+    """Who writes it for one version of Triton only leaves the other's behind."""
+    versions = json.loads(check_baseline.FILE.read_text())
+    held = {
+        version: {
+            (kernel, variant, architecture)
+            for kernel, variants in kernels.items()
+            for variant, needs in variants.items()
+            for architecture in needs
+        }
+        for version, kernels in versions.items()
+    }
+    assert set(held) == {"3.6.0", "3.7.1"}
+    assert held["3.6.0"] == held["3.7.1"]
+
+
 def run(workloads: list[Workload], capsys, monkeypatch, *arguments: str) -> tuple[int, list[str]]:
     monkeypatch.setattr(check, "all_workloads", lambda: workloads)
     return check.main(["--architecture", "90", *arguments]), capsys.readouterr().out.splitlines()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from flows.config.model import Kernels, ModelConfig
 from flows.model import arithmetic
 from flows.model.decoder import Decoder, initialize
+from flows.training.adamw import AdamW
+from flows.training.objectives import Distillation, Loss, LossModule, cross_entropy
+from kernels.adamw import gradient_squares
 from kernels.testing import assert_close_to_truth
 
 LLAMA = ModelConfig(
@@ -24,7 +27,11 @@ LLAMA = ModelConfig(
 )
 QWEN_3 = replace(LLAMA, qk_norm=True, attention_head_dim=8)
 MIXTRAL = replace(LLAMA, num_experts=2)
-LAYERS = {"norm_fwd", "norm_bwd", "glu_fwd", "glu_bwd", "rotary_fwd", "rotary_bwd"}
+BOTH_WAYS = ("norm", "glu", "rotary", "document_attention")
+FORWARD = {f"{name}_fwd" for name in BOTH_WAYS} | {"gradient_squares", "adamw_"}
+BACKWARD = {f"{name}_bwd" for name in BOTH_WAYS}
+LOSSES = {"cross_entropy": "linear_cross_entropy_fwd", "distillation": "linear_distillation_fwd"}
+VOCABULARY, CLIP = 50, 0.3
 
 
 class Ran(TorchDispatchMode):
@@ -40,38 +47,56 @@ class Ran(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def made(config: ModelConfig, kernels: Kernels, dtype: torch.dtype, device: str) -> Decoder:
-    model = Decoder(replace(config, kernels=kernels, initializer_range=0.3), 50)
-    initialize(model, 0)
+def made(config: ModelConfig, kernels: Kernels, dtype: torch.dtype, device: str, seed: int = 0) -> Decoder:
+    model = Decoder(replace(config, kernels=kernels, initializer_range=0.3), VOCABULARY)
+    initialize(model, seed)
     return model.to(device, dtype)
 
 
-def trained(model: Decoder, step: Callable[..., Tensor] | None = None) -> dict[str, Tensor]:
-    """Parameters after two steps."""
-    device = model.lm_head.weight.device
-    tokens_BL = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(0)).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+def trained(
+    model: Decoder, objective: str = "cross_entropy", wrapped: Callable[[nn.Module], nn.Module] | None = None
+) -> dict[str, Tensor]:
+    """Parameters after two steps on rows of several documents."""
+    device, dtype, kernels = model.lm_head.weight.device, model.lm_head.weight.dtype, model.config.kernels
+    loss: Loss = cross_entropy
+    if objective == "distillation":
+        loss = Distillation(made(LLAMA, kernels, dtype, str(device), seed=1), temperature=2.0, alpha=0.7)
+    module: nn.Module = LossModule(model, loss)
+    module = wrapped(module) if wrapped else module
+    tokens_BL = torch.randint(0, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0)).to(device)
+    document_ids_BL = torch.tensor([[0, 0, 1, 2, 2, 2], [0] * 6], device=device)
+    parameters = list(model.parameters())
+    # with so large an eps an update depends smoothly on its gradient: no error is blown up
+    optimizer = AdamW([{"params": parameters, "weight_decay": 0.1}], 0.1, (0.9, 0.95), 1e-2, kernels.value)
+    optimizer.max_norm = CLIP
     for _ in range(2):
-        logits_BLV = (model if step is None else step)(tokens_BL[:, :-1])
-        torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL[:, 1:].flatten()).backward()
+        module(tokens_BL[:, :-1], tokens_BL[:, 1:], torch.tensor(12.0, device=device), document_ids_BL).backward()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        optimizer.squares = gradient_squares(gradients, kernels.value)
+        assert optimizer.squares > CLIP**2
         optimizer.step()
         optimizer.zero_grad()
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize(
-    "config",
-    [LLAMA, QWEN_3, pytest.param(MIXTRAL, marks=pytest.mark.exhaustive)],
-    ids=["llama", "qwen3", "mixtral"],
+    ("config", "objective"),
+    [
+        pytest.param(LLAMA, "cross_entropy", id="llama"),
+        pytest.param(QWEN_3, "distillation", id="qwen3"),
+        pytest.param(MIXTRAL, "cross_entropy", id="mixtral", marks=pytest.mark.exhaustive),
+    ],
 )
-def test_two_steps_with_kernels_and_without(config: ModelConfig, device: str) -> None:
-    truth = trained(made(config, Kernels.reference, torch.float64, device))
+def test_two_steps_with_kernels_and_without(config: ModelConfig, objective: str, device: str) -> None:
+    truth = trained(made(config, Kernels.reference, torch.float64, device), objective)
     with Ran() as without:
-        plain = trained(made(config, Kernels.reference, torch.float32, device))
+        plain = trained(made(config, Kernels.reference, torch.float32, device), objective)
     with Ran() as ran:
-        actual = trained(made(config, Kernels.triton, torch.float32, device))
-    assert not without.names
-    assert ran.names >= (LAYERS if device == "cpu" else {name for name in LAYERS if name.endswith("fwd")})
+        actual = trained(made(config, Kernels.triton, torch.float32, device), objective)
+    losses = {"linear_cross_entropy_fwd", "linear_distillation_fwd"}
+    assert without.names <= losses  # which compute with plain torch as well
+    assert ran.names >= FORWARD | (BACKWARD if device == "cpu" else set())  # on CUDA, gradients have their own thread
+    assert ran.names & losses == {LOSSES[objective]}
     for name, parameter in actual.items():
         # a weight's gradient sums terms of all positions: its errors are of the tensor's scale, not of the element's
         assert_close_to_truth(parameter, plain[name], truth[name], truth[name].abs().max())
@@ -110,6 +135,6 @@ def test_recomputed_layers_give_the_same_bits(device: str) -> None:
 def test_compiled_steps_give_the_same_parameters(device: str) -> None:
     truth = trained(made(LLAMA, Kernels.reference, torch.float64, device))
     plain = trained(made(LLAMA, Kernels.reference, torch.float32, device))
-    model = made(LLAMA, Kernels.triton, torch.float32, device)
-    for name, parameter in trained(model, torch.compile(model, backend="aot_eager", fullgraph=True)).items():
+    compiled = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    for name, parameter in trained(made(LLAMA, Kernels.triton, torch.float32, device), wrapped=compiled).items():
         assert_close_to_truth(parameter, plain[name], truth[name], truth[name].abs().max())

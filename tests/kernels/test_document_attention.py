@@ -1,19 +1,16 @@
 """The attention kernels against float64: on CUDA, or interpreted on the CPU with blocks of 16 and 32."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from flows.config.model import Kernels, ModelConfig
-from flows.model.decoder import Decoder, initialize
 from kernels import reference
 from kernels.dispatch import INTERPRETED, KernelError
 from kernels.document_attention import DocumentBounds, document_attention, document_bounds
-from kernels.testing import assert_close_to_truth
+from kernels.testing import apart, assert_close_to_truth, turned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Attention = Callable[[Tensor, Tensor, Tensor, DocumentBounds], Tensor]
@@ -141,9 +138,7 @@ def test_parts_of_one_projection(device: str) -> None:
 
 def test_columns_and_bounds_that_lie_apart(device: str) -> None:
     case = made(Shape(1, 1, 8, ((3, 5), (8,))), torch.float32, device)
-    apart = [torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0] for x in case[:4]]
-    turned = DocumentBounds(*(x.t().contiguous().t() for x in case.documents))
-    check(Case(*apart, turned))
+    check(Case(*(apart(x) for x in case[:4]), DocumentBounds(*(turned(x) for x in case.documents))))
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 8), (2, 2, 0, 8)])
@@ -226,29 +221,3 @@ def test_what_cannot_be_is_refused(device: str) -> None:
             kernel(x, k, v, documents)
     with pytest.raises(ValueError, match=r"documents have shape \[1, 4\]; q needs \[1, 5\]"):
         kernel(x, x, x, bounds(((4,),), device))
-
-
-def test_two_training_steps_of_a_decoder(device: str) -> None:
-    config = ModelConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
-    )
-    tokens = torch.randint(0, 50, (1, 20), generator=torch.Generator().manual_seed(0)).to(device)
-    ids = torch.tensor([[0] * 5 + [1] + [2] * 13], device=device)
-
-    def trained(kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
-        model = Decoder(replace(config, kernels=kernels, initializer_range=0.3), 50)
-        initialize(model, 0)
-        model.to(device, dtype)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        for _ in range(2):
-            logits = model(tokens[:, :-1], document_ids_BL=ids)
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    truth = trained(Kernels.reference, torch.float64)
-    plain = trained(Kernels.reference, torch.float32)
-    for name, actual in trained(Kernels.triton, torch.float32).items():
-        # a weight's gradient sums terms of all positions: its errors are of the tensor's scale, not of the element's
-        assert_close_to_truth(actual, plain[name], truth[name], truth[name].abs().max())

@@ -14,7 +14,7 @@ from kernels import reference
 from kernels.dispatch import INTERPRETED, KernelError
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_distillation import DIVERGENCES, CachedTeacher, TeacherHead, linear_distillation
-from kernels.testing import assert_close_to_truth
+from kernels.testing import assert_close_to_truth, turned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VOCAB, PADDED, WIDTH, TEACHER_WIDTH, KEPT = 67, 72, 20, 9, 5
@@ -168,7 +168,7 @@ def test_chunks_order_and_padding_change_nothing(name: str, device: str) -> None
 @pytest.mark.parametrize("name", PAIRS)
 def test_strided_inputs(name: str, device: str) -> None:
     case = made(6, torch.float32, device)
-    strided = [each.t().contiguous().t() if each.dim() == 2 else torch.stack((each, each), -1)[..., 0] for each in case]
+    strided = [turned(each) for each in case]
     assert not any(each.is_contiguous() for each in strided)
     results = zip(run(PAIRS[name][0], Case(*strided)), run(PAIRS[name][0], case), strict=True)
     for one, other in results:

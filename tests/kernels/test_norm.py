@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import norm, reference
 from kernels.dispatch import INTERPRETED, KernelError
 from kernels.norm import add_rms_norm, layer_norm, rms_norm
-from kernels.testing import assert_close_to_truth
+from kernels.testing import apart, assert_close_to_truth, padded, turned
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -107,15 +107,6 @@ def test_without_bias(kind: str, device: str) -> None:
 
 @pytest.mark.parametrize(("kind", "dtype"), [("add_rms_norm", torch.float32), ("add_layer_norm", torch.bfloat16)])
 def test_strided_inputs(kind: str, dtype: torch.dtype, device: str) -> None:
-    def apart(tensor: Tensor) -> Tensor:  # every second element
-        return torch.stack((tensor, torch.full_like(tensor, torch.nan)), dim=-1)[..., 0]
-
-    def padded(tensor: Tensor) -> Tensor:  # rows lie apart
-        return torch.cat((tensor, torch.full_like(tensor, torch.nan)), dim=-1)[..., : tensor.shape[-1]]
-
-    def turned(tensor: Tensor) -> Tensor:  # columns lie together, not rows
-        return tensor.t().contiguous().t() if tensor.dim() == 2 else apart(tensor)
-
     case = made(kind, (6, 40), dtype, device)
     for arrange in (apart, padded, turned):
         check(kind, case.changed(arrange))

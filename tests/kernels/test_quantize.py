@@ -8,6 +8,7 @@ from kernels import reference
 from kernels.dispatch import INTERPRETED, KernelError
 from kernels.quantize import MAX_GROUP, dequantize, quantize_groups, quantize_rows
 from kernels.reference import FP8, INT8, LARGEST_CODE, SMALLEST_MAGNITUDE
+from kernels.testing import apart, padded, turned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [((1, 1), 1), ((3, 33), 33), ((2, 5, 96), 32), ((70, 64), 64), ((3, 1000), 1000)]  # 70 groups: two programs
@@ -57,15 +58,13 @@ def test_codes_and_scales(
 @pytest.mark.parametrize("codes_dtype", [INT8, FP8])
 def test_strided_inputs(codes_dtype: torch.dtype, device: str) -> None:
     x = made((6, 96), torch.bfloat16, device)
-    apart = torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0]  # every second element
-    padded = torch.cat((x, torch.full_like(x, torch.nan)), -1)[:, :96]  # rows lie apart
-    turned = x.t().contiguous().t()  # columns lie together, not rows
-    for arranged in (apart, padded, turned):
+    for arranged in (apart(x), padded(x), turned(x)):
         assert not arranged.is_contiguous()
         check(arranged, 32, codes_dtype)
     codes, scales = quantize_groups(x, 32, codes_dtype, "triton")
-    wide = torch.cat((codes, codes), -1)[:, :96], torch.cat((scales, scales), -1)[:, :3]
-    assert torch.equal(dequantize(*wide, kernels="triton"), dequantize(codes, scales, kernels="triton"))
+    assert torch.equal(
+        dequantize(padded(codes), padded(scales), kernels="triton"), dequantize(codes, scales, kernels="triton")
+    )
 
 
 @pytest.mark.parametrize("codes_dtype", [INT8, FP8])

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.dispatch import INTERPRETED, KernelError
 from kernels.rotary import rotary
-from kernels.testing import assert_close_to_truth
+from kernels.testing import apart, assert_close_to_truth, turned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Turn = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -98,10 +98,10 @@ def test_forward_and_gradients(shape: Shape, dtype: torch.dtype, device: str) ->
 def test_any_strides(device: str) -> None:
     case = made(Shape(2, 3, 4, 2, 10, 1), torch.float32, device)
     dense = Case(*(tensor.contiguous() for tensor in case))  # heads before tokens
-    apart = Case(*(torch.stack((tensor, tensor), dim=-1)[..., 0] for tensor in case[:4]), *case[4:])
-    widths_first = Case(*(tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in case[:4]), *case[4:])
+    spread = Case(*(apart(tensor) for tensor in case[:4]), *case[4:])
+    widths_first = Case(*(turned(tensor) for tensor in case[:4]), *case[4:])
     summed = case._replace(dq=case.dq[:1, :1, :1, :1].expand(case.q.shape))  # as from a sum
-    for arranged in (dense, apart, widths_first, summed):
+    for arranged in (dense, spread, widths_first, summed):
         check(arranged)
 
 

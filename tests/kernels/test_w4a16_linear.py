@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.dispatch import INTERPRETED, KernelError
 from kernels.int4_layout import pack
-from kernels.testing import assert_close_to_truth
+from kernels.testing import apart, assert_close_to_truth, padded, turned
 from kernels.w4a16_linear import w4a16_linear
 
 SHAPES = [(1, 1, 32, 32), (3, 65, 96, 32), (17, 70, 320, 64), (3, 33, 640, 128), (70, 129, 192, 64)]
@@ -102,17 +102,6 @@ def test_sums_of_whole_numbers_are_exact(tokens: int, device: str) -> None:
 
 def test_strided_inputs(device: str) -> None:
     case = made((6, 20, 192, 64), torch.bfloat16, device)
-
-    def apart(tensor: Tensor) -> Tensor:  # every second element
-        return torch.stack((tensor, tensor), -1)[..., 0]
-
-    def padded(tensor: Tensor) -> Tensor:  # rows lie apart, with what must not be read between them
-        beside = torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor
-        return torch.cat((tensor, beside), -1)[..., : tensor.shape[-1]]
-
-    def turned(tensor: Tensor) -> Tensor:  # columns lie together, not rows
-        return tensor.t().contiguous().t()
-
     for arrange in (apart, padded, turned):
         arranged = Case(*(arrange(tensor) for tensor in case[:4]), apart(case.bias))
         assert not arranged.x.is_contiguous()

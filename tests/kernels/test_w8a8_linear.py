@@ -15,7 +15,7 @@ from flows.model.decoder import Decoder, initialize
 from kernels import reference
 from kernels.dispatch import INTERPRETED, KernelError
 from kernels.reference import FP8, INT8
-from kernels.testing import assert_close_to_truth
+from kernels.testing import apart, assert_close_to_truth, padded, turned
 from kernels.w8a8_linear import MAX_INT8_COLUMNS, w8a8_linear
 
 SHAPES = [((1,), 1, 1), ((3,), 65, 100), ((17,), 70, 600), ((2, 35), 33, 130), ((130,), 129, 64)]
@@ -101,16 +101,6 @@ def test_the_longest_rows_of_the_largest_codes_do_not_overflow(device: str) -> N
 @pytest.mark.parametrize("codes_dtype", [INT8, FP8])
 def test_strided_inputs(codes_dtype: torch.dtype, device: str) -> None:
     case = made(((6,), 20, 48), codes_dtype, device)
-
-    def apart(codes: Tensor) -> Tensor:  # every second element
-        return torch.stack((codes, codes), -1)[..., 0]
-
-    def padded(codes: Tensor) -> Tensor:  # rows lie apart
-        return torch.cat((codes, codes), -1)[..., : codes.shape[-1]]
-
-    def turned(codes: Tensor) -> Tensor:  # columns lie together, not rows
-        return codes.t().contiguous().t()
-
     for arrange in (apart, padded, turned):
         x, weight = arrange(case.x), arrange(case.weight)
         assert not x.is_contiguous()

@@ -66,8 +66,8 @@ BF16 = {"precision": Precision.bf16}
 FP8 = {"precision": Precision.fp8, "zero_stage": 1}
 CASES = [
     Case(1, {"zero_stage": 0}),
-    Case(1, distills=True),
     *[Case(2, {"zero_stage": stage}) for stage in (0, 1, 2, 3)],
+    Case(2, {"zero_stage": 3}, distills=True),
     Case(2, ALL_ON_CPU),
     Case(2, {**RECOMPUTE, "zero_stage": 1}),
     Case(2, {**BF16, "zero_stage": 2}),
@@ -79,6 +79,7 @@ CASES = [
 ]
 """One of each kind."""
 MORE_CASES = [
+    Case(1, distills=True),
     *[Case(2, {"zero_stage": stage, **ON_CPU}) for stage in (1, 2, 3)],
     Case(2, {**RECOMPUTE, "zero_stage": 3}),
     Case(2, {**BF16, "zero_stage": 1}),
