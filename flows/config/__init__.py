@@ -153,7 +153,7 @@ class Config:
             self.evaluate.tasks.directory is None,
             "evaluate.tasks.directory",
             self.evaluate.tasks.directory,
-            f"cannot be combined with model.family={self.model.family}: the tasks ask for the likelihood of what follows",
+            f"cannot be combined with model.family={self.model.family}: tasks ask for the likelihood of what follows",
             "Set evaluate.tasks.directory=null.",
         )
         for corpus in self.data.corpora.values():
