@@ -148,7 +148,7 @@ def test_registration(device: str) -> None:
     torch.library.opcheck(torch.ops.millrace.cross_entropy_bwd_.default, arguments)
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_compiled(overwrite: bool, device: str) -> None:
     case = made((3, 24), torch.float32, device)
 

@@ -112,6 +112,7 @@ def test_registration(device: str) -> None:
     torch.library.opcheck(torch.ops.millrace.glu_bwd.default, (case.dy, case.gate, case.up, "gelu"))
 
 
+@pytest.mark.exhaustive
 def test_compiled(device: str) -> None:
     compiled = torch.compile(KERNELS["silu"], backend="aot_eager", fullgraph=True)
     check("silu", made((2, 3, 24), torch.float32, device), compiled)

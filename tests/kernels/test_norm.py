@@ -159,7 +159,7 @@ def test_registration(kind: str, biased: bool, device: str) -> None:
     torch.library.opcheck(torch.ops.millrace.norm_bwd.default, backward)
 
 
-@pytest.mark.parametrize("kind", ["add_rms_norm", "layer_norm"])
+@pytest.mark.parametrize("kind", ["add_rms_norm", pytest.param("layer_norm", marks=pytest.mark.exhaustive)])
 def test_compiled(kind: str, device: str) -> None:
     compiled = torch.compile(kernel(kind), backend="aot_eager", fullgraph=True)
     check(kind, made(kind, (5, 24), torch.float32, device), compiled)

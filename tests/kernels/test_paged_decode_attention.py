@@ -130,6 +130,7 @@ def test_registration(device: str) -> None:
     torch.library.opcheck(torch.ops.millrace.paged_decode_attention_fwd.default, tuple(case))
 
 
+@pytest.mark.exhaustive
 def test_compiled(device: str) -> None:
     case = made(Shape(1, 1, 8, 16, (3,)), torch.float32, device)
     compiled = torch.compile(paged_decode_attention, backend="aot_eager", fullgraph=True)

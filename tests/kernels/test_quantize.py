@@ -118,6 +118,7 @@ def test_registration(device: str) -> None:
     torch.library.opcheck(torch.ops.millrace.dequantize.default, (codes, scales, torch.bfloat16))
 
 
+@pytest.mark.exhaustive
 def test_compiled(device: str) -> None:
     def there_and_back(x: Tensor) -> Tensor:
         return dequantize(*quantize_groups(x, 32, FP8, "triton"), kernels="triton")

@@ -88,6 +88,7 @@ def test_registration(device: str) -> None:
     torch.library.opcheck(torch.ops.millrace.sample_tokens_fwd.default, tuple(requests))
 
 
+@pytest.mark.exhaustive
 def test_compiled(device: str) -> None:
     requests = made(8, [(1.0, 3, 0.5)], device, torch.float32)
     compiled: Any = torch.compile(sample_tokens, backend="aot_eager", fullgraph=True)

@@ -137,6 +137,7 @@ def test_registration(device: str) -> None:
     torch.library.opcheck(torch.ops.millrace.w4a16_linear.default, made((5, 20, 96, 32), torch.bfloat16, device))
 
 
+@pytest.mark.exhaustive
 def test_compiled(device: str) -> None:
     compiled = torch.compile(w4a16_linear, backend="aot_eager", fullgraph=True)
     check(made((5, 20, 96, 32), torch.bfloat16, device), compiled)

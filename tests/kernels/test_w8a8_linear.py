@@ -139,6 +139,7 @@ def test_registration(device: str) -> None:
     torch.library.opcheck(torch.ops.millrace.w8a8_linear.default, arguments)
 
 
+@pytest.mark.exhaustive
 def test_compiled(device: str) -> None:
     compiled = torch.compile(w8a8_linear, backend="aot_eager", fullgraph=True)
     check(made(((2, 3), 20, 48), FP8, device), torch.bfloat16, compiled)
