@@ -186,4 +186,5 @@ def _pairs(codes: NDArray[np.uint8], group_size: int) -> NDArray[np.uint8]:
     """Two neighbours of a group's 4-bit codes [N, K] in a byte [N, K / G, ceil(G / 2)], the first in its lower half."""
     groups = codes.reshape(len(codes), -1, group_size)
     even = np.pad(groups, ((0, 0), (0, 0), (0, group_size % 2)))
-    return even[..., 0::2] | even[..., 1::2] << 4
+    pairs: NDArray[np.uint8] = even[..., 0::2] | even[..., 1::2] << 4
+    return pairs
