@@ -118,6 +118,9 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
         ("launcher.kind=hostfile", "launcher.kind=hostfile needs a list of hosts. Set launcher.hostfile"),
         ("launcher.kind=kubernetes", "launcher.kubernetes.image='' must be given"),
         ("launcher.slurm.directives=[gpu]", r"launcher.slurm.directives=\['gpu'\] holds 'gpu', and each one must read"),
+        ("serve.replicas=65", "serve.replicas=65 must lie between 0 and 64. Set serve.replicas=2."),
+        ("serve.tls_certificate_path=x.pem", "serve.tls_certificate_path=x.pem needs the proxy, and serve.replicas=0"),
+        ("serve.canary.max_latency_ratio=1", "serve.canary.max_latency_ratio=1.0 must be above 1"),
         ("name=../x", "name=../x must be usable as a directory name"),
     ],
 )
