@@ -98,8 +98,7 @@ def relation_losses(x_BLD: Tensor, theirs_BLD: Tensor, heads: int, allowed_BLL: 
         allowed_BLL: Which tokens each may look at, itself among them.
     """
     ours_BALL, theirs_BALL = (_relations(x, heads, allowed_BLL) for x in (x_BLD, theirs_BLD))
-    apart = torch.where(allowed_BLL[:, None], theirs_BALL.exp() * (theirs_BALL - ours_BALL), 0.0)
-    return apart.sum(-1).mean(1)
+    return (theirs_BALL.exp() * (theirs_BALL - ours_BALL)).sum(-1).mean(1)
 
 
 def _relations(x_BLD: Tensor, heads: int, allowed_BLL: Tensor) -> Tensor:
