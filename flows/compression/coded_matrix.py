@@ -7,19 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from flows.compression.affine import Grid, fit_grid
 from flows.compression.int8 import Int8Embedding
 from flows.compression.quantized_linear import W4A8Linear, W4A16Linear, W8A8Linear, W8A16Linear
 from flows.compression.weight_only import Int4Embedding
 from flows.config.model import Kernels
 from flows.config.quantize import QuantizeConfig, Scheme
+from flows.model.affine import INT4_SCALE_DTYPE, Grid, fit_grid
 from kernels.int4_layout import SYMMETRIC_ZERO, pack
 from kernels.quantize import dequantize, quantize_rows
 from kernels.reference import FP8, INT8, LARGEST_CODE, SMALLEST_MAGNITUDE
 
 INT4_SCHEMES = (Scheme.w4a16, Scheme.w4a8)
-INT4_SCALE_DTYPE = torch.bfloat16
-"""Of scales in a file: a GPU's dtype of activations, exact in float32, and codes are chosen for what is stored."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flows.compression.affine import pack_int32, unpack_int32
 from flows.compression.coded_matrix import INT4_SCHEMES, Coded
 from flows.config.quantize import Scheme
+from flows.model.affine import pack_int32, unpack_int32
 from kernels.reference import FP8, INT8
 
 QUANT_METHOD = "compressed-tensors"

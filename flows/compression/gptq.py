@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flows.compression.affine import Grid
+from flows.model.affine import Grid
 
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it; the paper's."""

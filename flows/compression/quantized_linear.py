@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from flows.compression.affine import fit_grid
 from flows.compression.int8 import fp8_linear, int8_linear, quantize_activations
 from flows.compression.weight_only import int4_weight_linear, int8_weight_linear, round_groups
+from flows.model.affine import fit_grid
 from kernels.dispatch import runs_kernel
 from kernels.int4_layout import SYMMETRIC_ZERO, pack
 from kernels.quantize import MAX_GROUP, dequantize

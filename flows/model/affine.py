@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 INT4_SCALE_DTYPE = torch.bfloat16
 """Of scales in a file: a GPU's dtype of activations, exact in float32, and codes are chosen for what is stored."""
-SHRINKS = 20
+SHRINKS = 10
 """How many narrower grids `search` tries."""
 LEAST_SHRINK = 0.6
 """The narrowest, of the whole range: what lies outside is cut off."""
@@ -137,6 +137,5 @@ def unpack_int32(words: Tensor, bits: int, columns: int) -> Tensor:
         columns: K.
     """
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    codes: Tensor = (words[..., None] >> shifts & 2**bits - 1).flatten(1)[:, :columns]
-    signed: Tensor = (codes - 2 ** (bits - 1)).to(torch.int8)
-    return signed
+    shifted = torch.flatten(words[..., None] >> shifts & 2**bits - 1, 1)
+    return torch.sub(shifted[:, :columns], 1 << bits - 1).to(torch.int8)

@@ -15,7 +15,7 @@ from flows.model.decoder import Decoder, initialize
 @pytest.fixture
 def config() -> ModelConfig:
     return ModelConfig(
-        hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
 
 

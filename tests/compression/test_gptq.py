@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flows.compression.affine import Grid, fit_grid
 from flows.compression.gptq import gptq
 from flows.compression.scale_folding import output_error
+from flows.model.affine import Grid, fit_grid
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flows.compression.affine import fit_grid
 from flows.compression.int8 import sqnr_db
 from flows.compression.layer_inputs import Inputs
 from flows.compression.scale_folding import InputGroup, awq_scales, fold_, input_groups, output_error, smoothing_scales
 from flows.config.model import ModelConfig
+from flows.model.affine import fit_grid
 from flows.model.decoder import Decoder
 from kernels.quantize import dequantize, quantize_rows
 

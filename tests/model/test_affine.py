@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flows.compression.affine import fit_grid, pack_int32, unpack_int32
 from flows.compression.int8 import sqnr_db
+from flows.model.affine import fit_grid, pack_int32, unpack_int32
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
