@@ -99,14 +99,14 @@ def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
     engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=settings)
     engine.reserved = reserved  # held as long as the engine is
     keep_norm(engine)
+    engine.compiled_code = _compile_apart() if run.engine.compile else None
     if run.engine.compile:
-        engine.compiled_code = _compile_apart()
         engine.compile()
     return engine
 
 
 def _compile_apart() -> TemporaryDirectory[str]:
-    """Has this process compile into a directory of its own, which is removed with what is returned.
+    """Has this process compile into a directory of its own.
 
     In torch's shared one a process that is killed leaves half a library, which every later run of the same model would
     load, and fail.
@@ -182,6 +182,8 @@ def validation_loss(engine: DeepSpeedEngine, batch: Batch) -> float | None:
 def close_engine(engine: DeepSpeedEngine) -> None:
     """Lets go of the engine and leaves the group in step with the other ranks."""
     dist.barrier()
+    if engine.compiled_code is not None:
+        engine.compiled_code.cleanup()
     engine.destroy()
     dist.destroy_process_group()
     time.sleep(0.2)  # a gloo group that is torn down during interpreter exit can abort (pytorch#190489)
