@@ -247,6 +247,11 @@ def processes_of(server_pid: int) -> dict[int, str]:
     return found
 
 
+def _shared_memory() -> set[str]:
+    """Regions of servers that this process has started."""
+    return {path.name for path in SHARED_MEMORY_DIR.glob(f"{PREFIX}-{os.getpid()}-*")}
+
+
 def _still_running(processes: Mapping[int, str]) -> list[str]:
     """Command lines of those that do not end, though they were told to."""
     deadline = time.monotonic() + END_S
@@ -290,7 +295,7 @@ def drill(repository: Path, model: str, version: int, requests: int, seed: int) 
     """
     version_place(repository, model, version)
     models = (model, f"{model}_text")
-    total = Outcome()
+    total, before = Outcome(), _shared_memory()
     with tempfile.TemporaryDirectory(prefix="millrace-drill-") as scratch:
         copied = copy_version(repository, models, version, Path(scratch) / "repo")
         with public_endpoint(copied, models, Path(scratch)) as (server, address, key):
@@ -304,7 +309,7 @@ def drill(repository: Path, model: str, version: int, requests: int, seed: int) 
         total.neighbour_answers += part.neighbour_answers
         total.problems += part.problems
     alive = _still_running(children)
-    left = [path.name for path in SHARED_MEMORY_DIR.glob(f"{PREFIX}-{os.getpid()}-*")]
+    left = sorted(_shared_memory() - before)
     total.problems += [f"left behind: {name}" for name in alive + left]
     return total
 
