@@ -137,5 +137,5 @@ def unpack_int32(words: Tensor, bits: int, columns: int) -> Tensor:
         columns: K.
     """
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    shifted = torch.flatten(words[..., None] >> shifts & 2**bits - 1, 1)
-    return torch.sub(shifted[:, :columns], 1 << bits - 1).to(torch.int8)
+    codes: Tensor = ((words[..., None] >> shifts) & (2**bits - 1)) - 2 ** (bits - 1)
+    return codes.flatten(1)[:, :columns].to(torch.int8)
