@@ -66,7 +66,7 @@ def build(directory: Path, config: PassportConfig, parents: Mapping[str, Artifac
     if config.export.cache_dtype == CacheDtype.int8:  # texts are those of the checkpoint with such a cache
         assert isinstance(model, Decoder)
         keep_cache_in_int8(model)
-        text_tolerance = make_reference(model, real, lengths, config.verify.noise_factor).tolerance
+        text_tolerance = make_reference(model, reference.ids_NL, lengths, config.verify.noise_factor).tolerance
     checkpoint = Checkpoint(model, tokenizer, index["eos_token_id"], config.sequence_length)
     prompts = _prompts(real, checkpoint, config)
 
