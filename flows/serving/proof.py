@@ -85,7 +85,7 @@ def expect(config: PassportConfig, parents: Mapping[str, Artifact]) -> Expected:
     if config.export.cache_dtype == CacheDtype.int8:  # texts are those of the checkpoint with such a cache
         assert isinstance(model, Decoder)
         keep_cache_in_int8(model)
-        text_tolerance = make_reference(model, real, lengths, config.verify.noise_factor).tolerance
+        text_tolerance = make_reference(model, everything, lengths, config.verify.noise_factor).tolerance
     checkpoint = Checkpoint(model, tokenizer, eos_token_id, config.sequence_length)
     prompts = _prompts(real, checkpoint, config)
     return Expected(

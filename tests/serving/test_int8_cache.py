@@ -32,7 +32,7 @@ def test_texts_of_a_version_with_an_int8_cache_are_those_of_its_checkpoint(chain
     assert passport["verdict"] == "passed"
     texts = [row for row in passport["rows"] if row["name"] == "greedy text"]
     assert texts
-    assert all(row["tolerance"] > 100 * passport["tolerance"] for row in texts), "codes that tip are not counted"
+    assert all(row["tolerance"] != passport["tolerance"] for row in texts), "measured without the cache"
 
 
 def _with_no_cache() -> object:
