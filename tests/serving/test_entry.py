@@ -127,7 +127,8 @@ def test_every_setting_reaches_the_entry(chain: Chain, tmp_path: Path, monkeypat
     changed = [
         replace(ENTRY, sequence_length=16),
         replace(ENTRY, keep_versions=3),
-        *(replace(ENTRY, export=replace(EXPORT, **{name: 7})) for name in vars(EXPORT)),
+        # the cache's dtype is the generation program's
+        *(replace(ENTRY, export=replace(EXPORT, **{name: 7})) for name in vars(EXPORT) if name != "cache_dtype"),
     ]
     for number, config in enumerate(changed):
         digests.add(build_entry(tmp_path / str(number), chain.made_from, config).digest)

@@ -22,6 +22,7 @@ from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.training import Objective, TrainingRun
 from flows.data.mixture import open_split
 from flows.data.packed import IGNORED, PackedDataset
+from flows.data.tokenizer import copy_tokenizer
 from flows.model.checkpoint import load_decoder, save_decoder
 from flows.model.decoder import Decoder, initialize
 from flows.training.objectives import Distillation, cross_entropy, scores
@@ -129,12 +130,13 @@ MORE_CASES = [
 
 
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def teacher(data: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """An untrained model; that it knows nothing does not matter to the arithmetic."""
     directory = tmp_path_factory.mktemp("teacher")
     model = Decoder(TINY, VOCAB_SIZE)
     initialize(model, seed=1)
     save_decoder(directory, dict(model.named_parameters()), TINY, VOCAB_SIZE, SEQUENCE_LENGTH, 0)
+    copy_tokenizer(data["tokenizer"].path, directory)
     return Artifact("base", "base", "base", directory)
 
 
