@@ -132,7 +132,8 @@ def _serve_replicas(config: Config, directory: Path, stop: threading.Event, runn
     logger.info("%s", ready_message(found, server, address, scheme, secrets))
     if inner is not None:
         # the proxy asks for the key
-        running.enter_context(OpenAIServer(service.inner_grpc_address, repository, "127.0.0.1", inner, None))
+        limits = {"max_body_bytes": options.max_body_bytes, "max_connections": options.max_connections}
+        running.enter_context(OpenAIServer(service.inner_grpc_address, repository, "127.0.0.1", inner, None, **limits))
         logger.info("OpenAI-compatible: base_url=%s://%s/v1", scheme, service.openai_address)
     while not stop.wait(options.poll_interval_s):
         service.look()
