@@ -74,6 +74,7 @@ def _serve_alone(config: Config, directory: Path, stop: threading.Event, running
                 metrics_port=options.metrics_port,
                 startup_timeout_s=options.startup_timeout_s,
                 exit_timeout_s=options.exit_timeout_s,
+                tracing=options.tracing,
             )
         )
     found = f"HTTP http://{server.http_address}  gRPC {server.grpc_address}  metrics http://{server.metrics_address}"
@@ -132,8 +133,17 @@ def _serve_replicas(config: Config, directory: Path, stop: threading.Event, runn
     logger.info("%s", ready_message(found, server, address, scheme, secrets))
     if inner is not None:
         # the proxy asks for the key
-        limits = {"max_body_bytes": options.max_body_bytes, "max_connections": options.max_connections}
-        running.enter_context(OpenAIServer(service.inner_grpc_address, repository, "127.0.0.1", inner, None, **limits))
+        running.enter_context(
+            OpenAIServer(
+                service.inner_grpc_address,
+                repository,
+                "127.0.0.1",
+                inner,
+                None,
+                max_body_bytes=options.max_body_bytes,
+                max_connections=options.max_connections,
+            )
+        )
         logger.info("OpenAI-compatible: base_url=%s://%s/v1", scheme, service.openai_address)
     while not stop.wait(options.poll_interval_s):
         service.look()

@@ -141,6 +141,26 @@ class PublishConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TracingConfig:
+    """Traces of requests, to OpenTelemetry: which model and version, and when each part began; no content."""
+
+    url: str | None = None
+    """Collector that takes OTLP over HTTP, e.g. http://127.0.0.1:4318/v1/traces; null = none."""
+    one_in: int = 100
+    """One of so many requests is traced."""
+
+    def __post_init__(self) -> None:
+        require_positive("serve.tracing", self, ["one_in"])
+        require(
+            self.url is None or re.fullmatch(r"https?://[^\s,]+", self.url) is not None,
+            "serve.tracing.url",
+            self.url,
+            "must begin with http:// or https:// and hold neither spaces nor commas",
+            "Set serve.tracing.url=http://127.0.0.1:4318/v1/traces.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """The inference server that `python -m flows.serve` runs."""
 
@@ -176,6 +196,7 @@ class ServeConfig:
     probe_timeout_s: float = 60.0
     """A replica that answers no inference for so many seconds is killed and started again."""
     canary: CanaryConfig = field(default_factory=CanaryConfig)
+    tracing: TracingConfig = field(default_factory=TracingConfig)
 
     def __post_init__(self) -> None:
         seconds = ["startup_timeout_s", "exit_timeout_s", "poll_interval_s", "probe_interval_s", "probe_timeout_s"]

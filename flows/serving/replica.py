@@ -121,6 +121,7 @@ class Replica:
                     self._log_path,
                     startup_timeout_s=self._options.startup_timeout_s,
                     exit_timeout_s=self._options.exit_timeout_s,
+                    tracing=self._options.tracing,
                 ) as server:
                     self._look_after(server)
             except (ServerError, ConfigError) as error:

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from flows.config import ConfigError
+from flows.config.serving import TracingConfig
 from flows.launcher import stop_sessions
 from flows.serving.endpoint import ADMIN_HEADER, Endpoint
 from flows.serving.installation import Installation, ServerError, prepare_installation
@@ -56,6 +57,7 @@ class InferenceServer:
         metrics_port: See `http_port`.
         startup_timeout_s: Seconds until the models have to be ready.
         exit_timeout_s: Seconds given to requests in flight on the way out.
+        tracing: Where traces go; None = nowhere.
 
     Raises:
         ConfigError: A port is taken.
@@ -74,6 +76,7 @@ class InferenceServer:
         metrics_port: int = 0,
         startup_timeout_s: float = 120,
         exit_timeout_s: int = 10,
+        tracing: TracingConfig | None = None,
     ) -> None:
         self.repository = repository.absolute()
         self.models = list(models)
@@ -83,6 +86,7 @@ class InferenceServer:
         self._ports = dict(self._wanted_ports)
         self._startup_timeout_s = startup_timeout_s
         self._exit_timeout_s = exit_timeout_s
+        self._tracing = tracing or TracingConfig()
         self._process: subprocess.Popen[bytes] | None = None
         self._shared_memory_prefix = f"{PREFIX}-{os.getpid()}-{secrets.token_hex(4)}-"
         self._runtime_dir: Path | None = None
@@ -193,6 +197,7 @@ class InferenceServer:
             f"--exit-timeout-secs={self._exit_timeout_s}",
             "--metrics-config=summary_latencies=true",  # quantiles, which an alert on the p95 needs
             f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
+            *_trace_arguments(self._tracing),
             *installation.arguments,
         ]
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,6 +251,19 @@ class InferenceServer:
 def die_with_parent() -> None:
     """Between fork and exec: the process ends with the thread that starts it, whatever ends that."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _trace_arguments(tracing: TracingConfig) -> list[str]:
+    if tracing.url is None:
+        return []
+    settings = [
+        "mode=opentelemetry",
+        f"rate={tracing.one_in}",
+        "level=TIMESTAMPS",
+        f"opentelemetry,url={tracing.url}",
+        "opentelemetry,resource=service.name=millrace",
+    ]
+    return [f"--trace-config={setting}" for setting in settings]
 
 
 def _in_server_process() -> None:
