@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from flows.serving.reverify import copy_version, version_place
 from flows.serving.server import PREFIX, SHARED_MEMORY_DIR, InferenceServer
 
 ANSWER_S = 120.0
+RETRY_S = 0.5
 """Longest time without an answer."""
 CLIENTS = 8
 FLOOD = 64
@@ -89,7 +91,7 @@ class Neighbour:
         self._address, self._model, self._key = address, model, key
         self.answers, self.problems = 0, list[str]()
         self._stop = threading.Event()
-        self._right = self.ask()
+        self._right = self._first_answer()
         self._thread = threading.Thread(target=self._work)
 
     def __enter__(self) -> Neighbour:
@@ -106,6 +108,17 @@ class Neighbour:
         text = {"model": self._model, "prompt": "def", "max_tokens": 4, "temperature": 0}
         answer = self._post("/v1/completions", text)
         return np.array(scores["outputs"][0]["data"]), str(answer["choices"][0]["text"])
+
+    def _first_answer(self) -> tuple[np.ndarray[Any, Any], str]:
+        """What is right; connections that a flood before has left open may have to end first."""
+        deadline = time.monotonic() + ANSWER_S
+        while True:
+            try:
+                return self.ask()
+            except urllib.error.HTTPError as error:
+                if error.code != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                    raise
+                time.sleep(RETRY_S)
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
