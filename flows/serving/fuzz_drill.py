@@ -42,8 +42,8 @@ from flows.serving.reverify import copy_version, version_place
 from flows.serving.server import PREFIX, SHARED_MEMORY_DIR, InferenceServer
 
 ANSWER_S = 120.0
-RETRY_S = 0.5
 """Longest time without an answer."""
+RETRY_S = 0.5
 CLIENTS = 8
 FLOOD = 64
 """Requests that are sent at the same moment, once in `FLOOD_EVERY`."""
