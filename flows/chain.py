@@ -71,7 +71,9 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
     }
     compared = {"base": models[BASE], **data}
     qualities = {
-        name: run(Stage(f"{name}_quality", "flows.evaluation.quality", config.quality(), {"model": model, **compared}))
+        name: run(
+            Stage(f"{name}_quality", "flows.evaluation.quality_stage", config.quality(), {"model": model, **compared})
+        )
         for name, model in models.items()
     }
     latency = run(Stage("latency", "flows.evaluation.latency", config.evaluate.latency, programs))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 import statistics
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from flows.artifact import defined_names
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
@@ -80,6 +84,16 @@ def test_imports_run_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.py")), ids=lambda path: path.name)
 def test_what_the_server_runs_imports_nothing_of_ours(path: Path) -> None:
     assert not {name.split(".")[0] for name in imports(path)} & {"flows", "kernels", "torch", "prefect", "hydra"}
+
+
+def test_what_a_skipped_run_imports_needs_no_torch() -> None:
+    """A run asks every stage for its fingerprint, and whether it still stands, also those that it skips."""
+    named = set(re.findall(r'"(flows\.[a-z_.]+)"', (ROOT / "flows" / "chain.py").read_text()))
+    asked = sorted(module for module in named if {"fingerprint", "is_current"} & defined_names(module))
+    assert {"flows.training.stage", "flows.evaluation.quality_stage", "flows.serving.entry"} <= set(asked)
+    program = f"import sys, flows.train, {', '.join(asked)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 def test_files_are_small_and_say_what_they_hold() -> None:

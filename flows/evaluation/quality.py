@@ -1,4 +1,4 @@
-"""Stage: how well a candidate predicts the test split, and how far it is from the base model there."""
+"""How well a candidate predicts the test split, and how far it is from the base model there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from flows.data.masking import view_of
 from flows.data.mixture import open_split
 from flows.data.packed import IGNORED, Sequences
 from flows.evaluation.sanity import find_faults
-from flows.evaluation.task_files import fingerprint_tasks
 from flows.evaluation.words import WordMarks
 
 SCORES_LIMIT = 2**25
@@ -58,11 +57,6 @@ class Quality:
     """Tokens that were predicted; those that are not count neither in the loss nor in the bytes."""
     bytes: int
     words: int
-
-
-def fingerprint(config: QualityConfig) -> str | None:
-    """Digest of the task files, where there are any."""
-    return None if config.tasks.directory is None else fingerprint_tasks(config.tasks.directory)
 
 
 def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:

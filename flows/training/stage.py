@@ -26,7 +26,6 @@ from flows.training.job import TrainingJob
 from flows.training.metrics_log import METRICS, read_metrics
 from flows.training.out_of_memory import OutOfMemoryError, explain_out_of_memory, kernel_kills, rank_limit_bytes
 from flows.training.plan import make_plan, render_plan, teacher_shape
-from flows.training.teacher_cache import require_cache_of, require_same_tokenizer
 
 RUNS = "flows.training.__main__"
 """What the ranks run; part of the code that makes the artifact."""
@@ -122,6 +121,8 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
 
 def _check_origins(config: TrainingRun, parents: Mapping[str, Artifact]) -> None:
     """Raises `RunError` where a model or cache that training begins with is of other tokens than this run's."""
+    from flows.training.teacher_cache import require_cache_of, require_same_tokenizer  # torch: a skipped run needs none
+
     for role in ("teacher", "start"):
         if role in parents:
             require_same_tokenizer(parents[role].path, parents["tokenizer"].path, role)
