@@ -7,6 +7,8 @@ of all tokens (`kernels.head_chunks`); else it takes the scores. `scoring_head` 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
+from dataclasses import asdict, dataclass
 from typing import Protocol, cast
 
 import torch
@@ -80,6 +82,21 @@ class CrossEntropy:
 cross_entropy = CrossEntropy()
 
 
+@dataclass(frozen=True)
+class _Mix:
+    """How the teacher's distribution and the data share a loss, under the names that the kernels have for it."""
+
+    divergence: str
+    beta: float
+    temperature: float
+    alpha: float
+
+    def summed(self, loss: Callable[..., torch.Tensor], *of_tokens: torch.Tensor) -> torch.Tensor:
+        """A loss of tokens [N, ...], computed for some of them at a time, as one sum []."""
+        parts = zip(*(torch.split(one, CHUNK_TOKENS) for one in of_tokens), strict=True)
+        return torch.cat([loss(*part, **asdict(self)) for part in parts]).sum()
+
+
 class Distillation:
     """A loss that mixes the teacher's softened distribution with the data (arXiv:1503.02531).
 
@@ -104,7 +121,7 @@ class Distillation:
     ) -> None:
         # neither trained, sharded nor saved: a module would be part of what holds the loss
         self._teacher = teacher.eval().requires_grad_(False)
-        self._temperature, self._alpha, self._divergence, self._beta = temperature, alpha, divergence, beta
+        self._mix = _Mix(divergence.value, beta, temperature, alpha)
 
     def __call__(
         self,
@@ -117,12 +134,7 @@ class Distillation:
         with torch.no_grad():
             teacher_BLV = scores(self._teacher, input_ids_BL, document_ids_BL)
         students, targets, teachers = logits_BLV.flatten(0, 1), targets_BL.flatten(), teacher_BLV.flatten(0, 1)
-        knobs = self._divergence.value, self._beta, self._temperature, self._alpha
-        losses = []
-        for first in range(0, len(targets), CHUNK_TOKENS):
-            part = slice(first, first + CHUNK_TOKENS)
-            losses.append(reference.distillation(students[part], targets[part], teachers[part], *knobs))
-        return torch.cat(losses).sum()
+        return self._mix.summed(reference.distillation, students, targets, teachers)
 
     def from_hidden(
         self,
@@ -139,17 +151,8 @@ class Distillation:
             return self(F.linear(x_BLD, weight_VD), input_ids_BL, targets_BL, document_ids_BL)
         with torch.no_grad():
             theirs_BLD = hidden_states(cast(Decoder, self._teacher), input_ids_BL, document_ids_BL)
-        return linear_distillation(
-            x_BLD,
-            weight_VD,
-            targets_BL,
-            TeacherHead(theirs_BLD, head.weight),
-            divergence=self._divergence.value,
-            beta=self._beta,
-            temperature=self._temperature,
-            alpha=self._alpha,
-            kernels=kernels,
-        )
+        teacher = TeacherHead(theirs_BLD, head.weight)
+        return linear_distillation(x_BLD, weight_VD, targets_BL, teacher, **asdict(self._mix), kernels=kernels)
 
 
 class CachedDistillation:
@@ -166,7 +169,6 @@ class CachedDistillation:
         alpha: As there.
         divergence: As there.
         beta: As there.
-        records_BLR: Of the tokens of one micro batch, uint8 [batch, length, bytes]; see `of`.
     """
 
     def __init__(
@@ -176,15 +178,15 @@ class CachedDistillation:
         alpha: float,
         divergence: Divergence = Divergence.forward_kl,
         beta: float = 0.5,
-        records_BLR: torch.Tensor | None = None,
     ) -> None:
-        self._layout, self._records_BLR = layout, records_BLR
-        self._temperature, self._alpha, self._divergence, self._beta = temperature, alpha, divergence, beta
+        self._layout, self._mix = layout, _Mix(divergence.value, beta, temperature, alpha)
+        self._records_BLR: torch.Tensor | None = None
 
     def of(self, records_BLR: torch.Tensor) -> CachedDistillation:
-        """The loss of one micro batch."""
-        knobs = self._temperature, self._alpha, self._divergence, self._beta
-        return CachedDistillation(self._layout, *knobs, records_BLR)
+        """The loss of one micro batch, from the records of its tokens, uint8 [batch, length, bytes]."""
+        loss = copy(self)
+        loss._records_BLR = records_BLR
+        return loss
 
     def __call__(
         self,
@@ -195,25 +197,7 @@ class CachedDistillation:
     ) -> torch.Tensor:
         """From scores []."""
         students, targets = logits_BLV.flatten(0, 1), targets_BL.flatten()
-        teacher = self._teacher()
-        losses = []
-        for first in range(0, len(targets), CHUNK_TOKENS):
-            part = slice(first, first + CHUNK_TOKENS)
-            kept = CachedTeacher(*(one[part] for one in teacher))
-            losses.append(
-                reference.cached_distillation(
-                    students[part],
-                    targets[part],
-                    kept.indices,
-                    kept.log_probs,
-                    kept.tail_log_mass,
-                    self._divergence.value,
-                    self._beta,
-                    self._temperature,
-                    self._alpha,
-                )
-            )
-        return torch.cat(losses).sum()
+        return self._mix.summed(reference.cached_distillation, students, targets, *self._teacher())
 
     def from_hidden(
         self,
@@ -225,21 +209,12 @@ class CachedDistillation:
         kernels: str = "auto",
     ) -> torch.Tensor:
         """From hidden states and output projection []."""
-        return linear_distillation(
-            x_BLD.flatten(0, 1),
-            weight_VD,
-            targets_BL.flatten(),
-            self._teacher(),
-            divergence=self._divergence.value,
-            beta=self._beta,
-            temperature=self._temperature,
-            alpha=self._alpha,
-            kernels=kernels,
-        )
+        x_ND, targets_N = x_BLD.flatten(0, 1), targets_BL.flatten()
+        return linear_distillation(x_ND, weight_VD, targets_N, self._teacher(), **asdict(self._mix), kernels=kernels)
 
     def _teacher(self) -> CachedTeacher:
         assert self._records_BLR is not None, "a cached loss without the micro batch's records"
-        return CachedTeacher(*unpack_records(self._layout, self._records_BLR.flatten(0, 1), self._temperature))
+        return CachedTeacher(*unpack_records(self._layout, self._records_BLR.flatten(0, 1), self._mix.temperature))
 
 
 def scoring_head(model: nn.Module) -> OutputHead | None:
