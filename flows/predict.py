@@ -19,7 +19,7 @@ from flows.compose import run_cli
 from flows.config import Config, ConfigError
 from flows.serving.installation import check_server_available
 from flows.serving.predict import predict as predict_rows
-from flows.serving.repository import complete_versions
+from flows.serving.repository import complete_versions, model_names
 from flows.serving.server import InferenceServer
 
 
@@ -36,9 +36,9 @@ def predict(config: Config) -> None:
                 raise ConfigError(f"publish.model_name={name} has no version in {repository}. Publish one first.")
             for number in range(config.predict.replicas):
                 log_path = config.artifacts_dir / f"predict-{number}.log"
-                server = InferenceServer(repository, [name, f"{name}_text"], log_path)
+                server = InferenceServer(repository, model_names(name), log_path)
                 addresses.append(running.enter_context(server).grpc_address)
-        summary = predict_rows(config.predict, f"{name}_text", addresses)
+        summary = predict_rows(config.predict, model_names(name)[1], addresses)
     seconds = time.perf_counter() - started
     print(
         f"{summary.rows} rows of {config.predict.input} answered by {name} version {summary.version} in "

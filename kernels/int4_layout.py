@@ -14,7 +14,6 @@ from torch import Tensor
 
 GROUP_SIZES = (32, 64, 128)
 """Columns that share a scale."""
-LARGEST_INT4 = 15
 SYMMETRIC_ZERO = 8
 """Code that stands for zero where groups have no zero points of their own."""
 

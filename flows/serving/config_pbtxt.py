@@ -15,6 +15,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from flows.config.serving import EntryConfig
 from flows.export.runtime import ProgramError
+from flows.serving.repository import model_names
 
 __all__ = ["ModelConfig", "ParseError", "parse", "read_graph", "scores_config", "signature", "text_config", "to_text"]
 
@@ -138,7 +139,7 @@ def text_config(config: EntryConfig) -> ModelConfig:
     """
     return _message(
         {
-            "name": f"{config.model_name}_text",
+            "name": model_names(config.model_name)[1],
             "backend": "python",
             "input": [tensor.as_config() for tensor in TEXT_INPUTS],
             "output": [tensor.as_config() for tensor in TEXT_OUTPUTS],

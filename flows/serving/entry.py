@@ -20,6 +20,7 @@ from flows.config.checks import require
 from flows.config.serving import EntryConfig
 from flows.data.tokenizer import CHAT_TEMPLATE_FILE, chat_template, end_of_text
 from flows.export.shipped.encryption import encrypt, key_digest
+from flows.serving.repository import model_names
 
 REPOSITORY = "repo"
 STAGED_VERSION = "1"
@@ -55,8 +56,7 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
 
     program = parents["program"].path
     inputs, outputs = config_pbtxt.read_graph(program / "model.onnx")
-    scores = directory / REPOSITORY / config.model_name
-    text = directory / REPOSITORY / f"{config.model_name}_text"
+    scores, text = (directory / REPOSITORY / name for name in model_names(config.model_name))
 
     version = scores / STAGED_VERSION
     version.mkdir(parents=True)

@@ -38,6 +38,7 @@ from flows.config.checks import require
 from flows.serving.fuzz_requests import FuzzRequest, http, infer_body, make_request
 from flows.serving.installation import ServerError
 from flows.serving.openai_server import OpenAIServer
+from flows.serving.repository import model_names
 from flows.serving.reverify import copy_version, version_place
 from flows.serving.server import PREFIX, SHARED_MEMORY_DIR, InferenceServer
 
@@ -307,7 +308,7 @@ def drill(repository: Path, model: str, version: int, requests: int, seed: int) 
         ServerError: It cannot be served.
     """
     version_place(repository, model, version)
-    models = (model, f"{model}_text")
+    models = model_names(model)
     total, before = Outcome(), _shared_memory()
     with tempfile.TemporaryDirectory(prefix="millrace-drill-") as scratch:
         copied = copy_version(repository, models, version, Path(scratch) / "repo")

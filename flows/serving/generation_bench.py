@@ -28,7 +28,7 @@ import numpy as np
 from flows.config import ConfigError, RunError
 from flows.serving.generation_rival import Rival
 from flows.serving.load import Load, ask_text, under_load
-from flows.serving.repository import complete_versions
+from flows.serving.repository import complete_versions, model_names
 from flows.serving.server import InferenceServer
 
 MAX_TOKENS = 64
@@ -59,10 +59,10 @@ def run(repository: Path, model_name: str, checkpoint: Path, clients: Sequence[i
     rival = Rival(checkpoint)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        InferenceServer(repository, [model_name, f"{model_name}_text"], Path(scratch) / "server.log") as server,
+        InferenceServer(repository, model_names(model_name), Path(scratch) / "server.log") as server,
         _FastApi(checkpoint, Path(scratch) / "fastapi.log") as fast_api,
     ):
-        text = f"{model_name}_text"
+        text = model_names(model_name)[1]
         _check_texts(lambda prompt: _ours(server.grpc_address, text, prompt, Load()), rival)
         print(f"{MAX_TOKENS} tokens a request, greedy; tokens/s of all clients together, other numbers in ms")
         print(f"{'':8}{'ours':>10}{'FastAPI':>10}{'ratio':>8}{'static batch':>14}{'ratio':>8}", end="")

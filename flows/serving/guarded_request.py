@@ -31,7 +31,6 @@ INT_BITS = {"INT32": 31, "INT64": 63}
 TENSOR_KEYS = {"name", "shape", "datatype", "data", "parameters"}
 OUTPUT_KEYS = {"name", "parameters"}
 ID_LENGTH = 256
-LARGEST_FP32 = (2 - 2.0**-23) * 2.0**127
 
 
 class RefusedError(ValueError):

@@ -33,7 +33,8 @@ from flows.serving.config_check import EMBEDDED, check_config_files
 from flows.serving.endpoint import Endpoint
 from flows.serving.entry import FILES
 from flows.serving.installation import ServerError
-from flows.serving.proof import PASSPORT, Expected, check_scores_model, check_text_model
+from flows.serving.proof import Expected, check_scores_model, check_text_model
+from flows.serving.repository import PASSPORT
 from flows.serving.reverify import Proven, copy_version, read_proven
 from flows.serving.scores_check import Check
 from flows.serving.server import InferenceServer

@@ -29,10 +29,10 @@ from flows.serving.config_check import check_served_configs, expected_configs, s
 from flows.serving.edge_check import check_refusals, check_special_tokens, special_inputs
 from flows.serving.endpoint import Endpoint
 from flows.serving.entry import FILES, REPOSITORY, STAGED_VERSION, read_files, version_digests
+from flows.serving.repository import PASSPORT, model_names
 from flows.serving.scores_check import Check, Reference, check_scores, make_reference
 from flows.serving.text_check import TRANSPORTS, Checkpoint, Served, check_text
 
-PASSPORT = "passport.json"
 PROVEN_FROM = ("tokens", "tokenizer", "model", "program", "entry")
 """Roles of the artifacts that a proof needs; `passport.json` names their digests."""
 SHOWN_FAILURES = 5
@@ -64,7 +64,7 @@ class Expected:
     @property
     def models(self) -> tuple[str, str]:
         """Names of the scores model and the text model."""
-        return self.config.model_name, f"{self.config.model_name}_text"
+        return model_names(self.config.model_name)
 
 
 def expect(config: PassportConfig, parents: Mapping[str, Artifact]) -> Expected:

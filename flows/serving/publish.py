@@ -24,6 +24,7 @@ from flows.serving.releases import is_recorded, record_published
 from flows.serving.repository import (
     CONFIG,
     PASSPORT,
+    TEXT_SUFFIX,
     VERSION_CONFIG,
     complete_versions,
     lock_repository,
@@ -106,7 +107,7 @@ def _check_signature(staged: Path, published: Path) -> None:
     new = signature(parse((staged / CONFIG).read_text()))
     if old != new:
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-        name = staged.name.removesuffix("_text")
+        name = staged.name.removesuffix(TEXT_SUFFIX)
         raise ConfigError(
             f"publish.model_name={name} is taken in publish.model_repo={published.parent} by a model that differs in "
             f"{', '.join(changed)}: its clients would break. Set another publish.model_name."
@@ -151,7 +152,7 @@ def _place(staged: Path, passport: Path, config: PublishConfig) -> tuple[int, bo
 
 def _is_same(staged: Path, published: Path) -> bool:
     wanted, found = version_digests(staged / STAGED_VERSION), version_digests(published)
-    return wanted == found and (published.parent.name.endswith("_text") or (published / PASSPORT).is_file())
+    return wanted == found and (published.parent.name.endswith(TEXT_SUFFIX) or (published / PASSPORT).is_file())
 
 
 def _write_settings(staged: Path, published: Path) -> None:

@@ -123,7 +123,8 @@ def record(
     proof: Mapping[str, str] = {}
     if version is not None and (repository / model_name / str(version) / PASSPORT).is_file():
         digest = digest_file(repository / model_name / str(version) / PASSPORT)
-        proof = {"passport": digest, "content": content_digest(repository, model_name, version)}
+        on_disk = files_on_disk(repository, model_name, version)
+        proof = {"passport": digest, "content": content_digest(repository, version, on_disk)}
     event = {
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "who": who or _user(),
@@ -144,12 +145,17 @@ def record(
     flush_directory(path.parent)
 
 
-def content_digest(repository: Path, model_name: str, version: int) -> str:
+def files_on_disk(repository: Path, model_name: str, version: int) -> dict[str, dict[str, str]]:
+    """sha256 by file name of each of a version's two models; reads all of the weights."""
+    return {name: version_digests(repository / name / str(version)) for name in model_names(model_name)}
+
+
+def content_digest(repository: Path, version: int, on_disk: Mapping[str, Mapping[str, str]]) -> str:
     """sha256 over all that a server loads of a version: both models, and how they were configured with it."""
     files: dict[str, str] = {}
-    for name in model_names(model_name):
+    for name, digests in on_disk.items():
         place = repository / name / str(version)
-        files |= {f"{name}/{file}": digest for file, digest in version_digests(place).items()}
+        files |= {f"{name}/{file}": digest for file, digest in digests.items()}
         for path in sorted((place / VERSION_CONFIG).rglob("*")):
             if path.is_file():
                 files[f"{name}/{path.relative_to(place)}"] = digest_file(path)
@@ -170,17 +176,19 @@ def check_proven(repository: Path, model_name: str, version: int) -> None:
         ) from error
     if verdict != "passed":
         raise ReleaseError(f"{place / PASSPORT} says {verdict!r}, not 'passed'. This version is not released.")
-    for name in model_names(model_name):
-        on_disk = version_digests(repository / name / str(version))
+    on_disk = files_on_disk(repository, model_name, version)
+    for name, found in on_disk.items():
         for file, digest in proven[name].items():
-            if on_disk.get(file) != digest:
+            if found.get(file) != digest:
                 raise ReleaseError(
-                    f"{repository / name / str(version) / file} has sha256 {on_disk.get(file, 'missing')[:12]}, not "
+                    f"{repository / name / str(version) / file} has sha256 {found.get(file, 'missing')[:12]}, not "
                     f"{digest[:12]} as its passport says. Publish the version again; it is not released."
                 )
     event = _published(repository, model_name, version)
-    found = {"passport": digest_file(place / PASSPORT), "content": content_digest(repository, model_name, version)}
-    if event and any(event[name] != digest for name, digest in found.items()):
+    if event and (
+        event["passport"] != digest_file(place / PASSPORT)
+        or event["content"] != content_digest(repository, version, on_disk)
+    ):
         raise ReleaseError(
             f"{place} has changed since it was published at {event['at']} (its passport, its configuration, or "
             "files.json). Publish the version again; it is not released."

@@ -28,7 +28,6 @@ from flows.serving.endpoint import Endpoint
 from flows.serving.entry import FILES, REPOSITORY
 from flows.serving.installation import ServerError
 from flows.serving.proof import (
-    PASSPORT,
     PROVEN_FROM,
     Expected,
     PassportError,
@@ -40,6 +39,7 @@ from flows.serving.proof import (
     staged_files,
     state,
 )
+from flows.serving.repository import PASSPORT, model_names
 from flows.serving.scores_check import Check
 from flows.serving.server import InferenceServer
 
@@ -175,7 +175,7 @@ def read_proven(repository: Path, model_name: str, version: int, store: Path) ->
 
 def _check_files(proven: Proven) -> list[Check]:
     name, parents = proven.config.model_name, proven.parents
-    models = (name, f"{name}_text")
+    models = model_names(name)
     stated = staged_files(parents["entry"], models)
     return [
         _check_passport(proven.store, proven.repository / name / str(proven.version) / PASSPORT),
@@ -193,9 +193,8 @@ def version_place(repository: Path, model_name: str, version: int) -> Path:
     """
     is_name = re.fullmatch(MODEL_NAME, model_name) is not None
     place = repository / model_name / str(version)
-    complete = (
-        is_name and version > 0 and place.is_dir() and (repository / f"{model_name}_text" / str(version)).is_dir()
-    )
+    both = [repository / name / str(version) for name in model_names(model_name)]
+    complete = is_name and version > 0 and all(one.is_dir() for one in both)
     require(complete, "version", f"{model_name}/{version}", f"is not in {repository}", "Name one that was published.")
     return place
 

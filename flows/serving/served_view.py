@@ -61,11 +61,6 @@ class ServedView:
             found[model.name] = repr([f"{path.name} -> {path.readlink()}" for path in sorted(model.iterdir())])
         return found
 
-    def top_version(self, model_name: str) -> int | None:
-        """The version that requests get which name none."""
-        versions = self._versions(model_name)
-        return versions[-1] if versions else None
-
     def _versions(self, model_name: str) -> list[int]:
         top = _answering(read_aliases(self._repository, model_name), self._pool)
         if top is None:

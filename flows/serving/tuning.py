@@ -30,6 +30,7 @@ from flows.serving import entry
 from flows.serving.client import Client, Transport
 from flows.serving.installation import ServerError
 from flows.serving.load import Load, Request, ask_text, under_load
+from flows.serving.repository import model_names
 from flows.serving.server import InferenceServer
 
 LADDERS: dict[TuneTask, dict[str, tuple[int, ...]]] = {
@@ -214,8 +215,8 @@ def _measure(
     parents: Mapping[str, Artifact],
     prompts: Sequence[NDArray[np.int64]],
 ) -> Trial:
-    name = entry_config.model_name
-    model = f"{name}_text" if config.task == TuneTask.text else name
+    scores_model, text_model = model_names(entry_config.model_name)
+    model = text_model if config.task == TuneTask.text else scores_model
     with tempfile.TemporaryDirectory(prefix="millrace-tune-") as scratch:
         entry.build(Path(scratch), entry_config, parents)
         with InferenceServer(Path(scratch) / entry.REPOSITORY, [model], Path(scratch) / "server.log") as server:

@@ -21,7 +21,6 @@ from flows.serving.config_check import check_config_files
 from flows.serving.entry import FILES, REPOSITORY, STAGED_VERSION
 from flows.serving.installation import ServerError
 from flows.serving.proof import (
-    PASSPORT,
     PassportError,
     check_digests,
     check_server,
@@ -30,6 +29,7 @@ from flows.serving.proof import (
     staged_files,
     state,
 )
+from flows.serving.repository import PASSPORT
 from flows.serving.server import InferenceServer
 
 __all__ = ["PASSPORT", "PassportError", "build"]
