@@ -43,6 +43,10 @@ class Transport(StrEnum):
     """Of the machine that both are on; for scores only."""
 
 
+TRANSPORTS = (Transport.http, Transport.grpc)
+"""Those that reach a server anywhere, for scores and for texts."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """What the text model answers, or a piece of it."""

@@ -24,14 +24,14 @@ from flows.export.int8_cache import keep_cache_in_int8
 from flows.export.shipped import encryption
 from flows.model.decoder import Decoder
 from flows.serving import config_pbtxt
-from flows.serving.client import Transport
+from flows.serving.client import TRANSPORTS, Transport
 from flows.serving.config_check import check_served_configs, expected_configs, served_backend
 from flows.serving.edge_check import check_refusals, check_special_tokens, special_inputs
 from flows.serving.endpoint import Endpoint
 from flows.serving.entry import FILES, REPOSITORY, STAGED_VERSION, read_files, version_digests
 from flows.serving.repository import PASSPORT, model_names
 from flows.serving.scores_check import Check, Reference, check_scores, make_reference
-from flows.serving.text_check import TRANSPORTS, Checkpoint, Served, check_text
+from flows.serving.text_check import Checkpoint, Served, check_text
 
 PROVEN_FROM = ("tokens", "tokenizer", "model", "program", "entry")
 """Roles of the artifacts that a proof needs; `passport.json` names their digests."""

@@ -13,11 +13,11 @@ import numpy as np
 from tritonclient.utils import InferenceServerException
 
 from flows.config import RunError
-from flows.serving.client import BROKEN, Client, Transport
+from flows.serving.client import BROKEN, TRANSPORTS, Client, Transport
 from flows.serving.repository import model_names
 
 SCORES, TEXT = "scores", "text"
-KINDS = [(transport, what) for transport in (Transport.http, Transport.grpc) for what in (SCORES, TEXT)]
+KINDS = [(transport, what) for transport in TRANSPORTS for what in (SCORES, TEXT)]
 PROMPTS = ("def main(", "import os\n", "class A:\n    def __init__(self", "return")
 NEW_TOKENS = 8
 DEADLINE_S = 600.0

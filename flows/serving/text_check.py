@@ -12,11 +12,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from flows.serving.client import Completion, Transport
+from flows.serving.client import TRANSPORTS, Completion, Transport
 from flows.serving.endpoint import Endpoint
 from flows.serving.scores_check import Check
 
-TRANSPORTS = (Transport.http, Transport.grpc)
 FUZZ_STRINGS = 48
 FUZZ_CHARACTERS = 24
 """Longest random string."""
