@@ -173,7 +173,8 @@ def is_resumable(stage: Stage) -> bool:
     return "resumable_as" in defined_names(stage.module)
 
 
-def imported_modules(module: str) -> set[str]:
+@cache
+def imported_modules(module: str) -> frozenset[str]:
     """Modules of ours that `module` imports, anywhere in its source, read without importing it."""
     found = set()
     for node in ast.walk(_parse(module)):
@@ -182,7 +183,7 @@ def imported_modules(module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     own = {name for name in found if name.split(".")[0] in OWN_PACKAGES}
-    return {name for name in own if _source_path(name).exists()}
+    return frozenset(name for name in own if _source_path(name).exists())
 
 
 @cache
