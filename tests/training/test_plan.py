@@ -194,7 +194,7 @@ def test_the_command_plans_base_and_student_without_torch(tmp_path: Path) -> Non
         check=True,
     )
     print(f"answered in {time.monotonic() - started:.1f} s")
-    assert done.stdout.startswith("plan of base\n  parameters  3,950,848\n")
+    assert done.stdout.startswith("plan of base\n  parameters  4,000,000\n")
     assert "plan of student" in done.stdout
     assert "NVIDIA L4" in done.stdout
     assert "cost" in done.stdout
