@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-TOGETHER = ("tests/flows/",)
-"""Directories whose files go to one worker: they share the small run of the whole chain and a Prefect server."""
-LONG = (*TOGETHER, "tests/training/test_parity.py", "tests/kernels/test_in_interpreter.py", "tests/serving/")
+TOGETHER = ("tests/flows/", "tests/serving/", "tests/training/")
+"""Directories whose files go to one worker: they share a run of the whole chain, programs, imports of their ranks."""
+LONG = (*TOGETHER, "tests/kernels/test_in_interpreter.py")
 """What is handed out first, so that no worker is left with it when the other has done the rest."""
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # read when torch is imported; threads of two workers wait for each other
@@ -25,8 +25,8 @@ class FilesTogether(LoadFileScheduling):
         return next(together, super()._split_scope(nodeid))
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether:
-    return FilesTogether(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether | None:
+    return FilesTogether(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

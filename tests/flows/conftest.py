@@ -47,7 +47,7 @@ def until() -> Callable[[Callable[[], Any]], Any]:
     """Waits for a condition, not for a time."""
 
     def wait(condition: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (value := condition()):
             assert time.monotonic() < deadline, "gave up waiting"
             time.sleep(0.02)
