@@ -129,7 +129,7 @@ MORE_CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def teacher(data: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """An untrained model; that it knows nothing does not matter to the arithmetic."""
     directory = tmp_path_factory.mktemp("teacher")
