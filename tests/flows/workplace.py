@@ -42,7 +42,7 @@ class Workplace:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=1200,
             check=False,
         )
 
