@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def _to_config(composed: DictConfig) -> Config:
     return from_plain(Config, OmegaConf.to_container(composed, resolve=True))
 
 
+@cache
 def _register_schema() -> None:
     get_omega_conf_dumper().add_multi_representer(Path, lambda dumper, path: dumper.represent_str(str(path)))
     schema = OmegaConf.structured(Config)

@@ -16,6 +16,7 @@ from flows.compose import CONF_DIR, compose_config
 from flows.config import Config, ConfigError, from_json, from_plain, to_json, to_plain
 from flows.config.optimizer import Optimizer
 from flows.config.reference import field_references
+from flows.preflight import check
 
 ROOT = CONF_DIR.parent
 GROUP_FILES = sorted(
@@ -135,17 +136,27 @@ def test_bf16_without_zero_is_refused() -> None:
         compose_config(["engine.zero_stage=0", "engine.precision=bf16"])
 
 
+NOT_HERE = [
+    (["model.initial_weights=no/such", "data.tokenizer.directory=no/such"], "no/such"),
+    (["engine.device=cuda"], "engine.device=cuda needs one GPU for each of launcher.num_ranks=1"),
+    (["model.kernels=triton"], "model.kernels=triton cannot run here"),
+    (["engine.deepspeed={gradient_clipping: 7}"], "engine.deepspeed.gradient_clipping=7 contradicts"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), NOT_HERE)
+def test_what_is_not_here_is_refused_before_any_work(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(compose_config(words))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["train.max_step=3"], "error: train.max_step is not a setting"),
-        (["train.max_steps=-1"], "error: train.max_steps=-1 must be greater than 0"),
         (["seed=1", "--multirun", "train.max_steps=-1,-2"], "error: train.max_steps=-1 must be greater than 0"),
         (["data=files", "data.corpus.paths=[no/such/*.txt]"], "no/such/*.txt"),
-        (["model.initial_weights=no/such", "data.tokenizer.directory=no/such"], "no/such"),
-        (["engine.device=cuda"], "error: engine.device=cuda needs one GPU for each of launcher.num_ranks=1"),
-        (["model.kernels=triton"], "error: model.kernels=triton cannot run here"),
-        (["engine.deepspeed={gradient_clipping: 7}"], "error: engine.deepspeed.gradient_clipping=7 contradicts"),
+        *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in NOT_HERE),
     ],
 )
 def test_the_command_line_says_it_in_one_message_and_writes_nothing(

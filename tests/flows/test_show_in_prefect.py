@@ -13,7 +13,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.context import get_run_context
-from prefect.testing.utilities import prefect_test_harness
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows.artifact import Artifact
 from flows.chain import ChainResult
@@ -31,9 +31,9 @@ ROWS = {
 }
 
 
-@pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness():
+@pytest.fixture
+def prefect_server(api_url: str, tmp_path: Path) -> Iterator[None]:
+    with temporary_settings({PREFECT_API_URL: api_url, PREFECT_HOME: tmp_path / "home"}):
         yield
 
 

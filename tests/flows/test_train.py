@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -89,6 +90,7 @@ def test_a_run_that_is_interrupted_and_killed_carries_on(
     words = ["+experiment=smoke", "name=long", "steps=none", "train.max_steps=60"]
     words += ["train.optimizer.learning_rate=1e-7", "evaluate.gates.beat_unigram=true"]
     words += ["train.checkpoint_interval_steps=10"]
+    workplace = replace(workplace, api_url="")  # the temporary server has to end, too
     store = workplace.root / "artifacts/store"
 
     def newest() -> str:

@@ -19,6 +19,8 @@ class Workplace:
     """Directories of one user's runs."""
 
     root: Path
+    api_url: str = ""
+    """Address of a Prefect server; none: the temporary one of each command."""
 
     @property
     def words(self) -> list[str]:
@@ -27,8 +29,8 @@ class Workplace:
 
     @property
     def environment(self) -> dict[str, str]:
-        """A Prefect home of our own, and no server but the temporary one."""
-        return {**os.environ, "PREFECT_HOME": str(self.root.parent / "prefect"), "PREFECT_API_URL": ""}
+        """A Prefect home of our own, and no server but the one that is named."""
+        return {**os.environ, "PREFECT_HOME": str(self.root.parent / "prefect"), "PREFECT_API_URL": self.api_url}
 
     def command(self, verb: str, *words: str) -> list[str]:
         return [sys.executable, "-m", f"flows.{verb}", *words, *self.words]
@@ -40,7 +42,7 @@ class Workplace:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=1200,
             check=False,
         )
 

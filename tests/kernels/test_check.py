@@ -114,10 +114,14 @@ def test_more_shared_memory_than_there_is_is_a_fault() -> None:
     assert replace(fits, shared_bytes=163 * 1024 + 1).fault == "needs more shared memory than 166912 bytes"
 
 
+TWINS = {"layer_norm", "add_rms_norm", "geglu"}
+"""Operations whose kernels are those of add_layer_norm, rms_norm and swiglu, with another constant."""
+
+
 def test_the_first_workload_of_each_operation_keeps_its_baseline() -> None:
-    first = list({each.op: each for each in reversed(all_workloads())}.values())
+    first = {each.op: each for each in reversed(all_workloads()) if each.op not in TWINS}
     baseline = check_baseline.load(check_baseline.FILE)
-    for outcome in check.outcomes(first, [90], processes=2):
+    for outcome in check.outcomes(list(first.values()), [90], processes=1):
         assert (outcome.failure, outcome.skipped) == (None, None), outcome.workload
         for made in outcome.compiled:
             assert (made.fault or baseline.fault(made)) is None, made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,12 @@ def _server_of_ranks() -> None:
     start_server()
 
 
-@pytest.fixture(autouse=True)
-def _preloaded_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded_ranks() -> Iterator[None]:
     """Ranks are forked from a process that has done the imports; other tests start them as users do."""
-    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", popen)
+        yield
 
 
 @pytest.fixture(scope="session")

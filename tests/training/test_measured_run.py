@@ -41,6 +41,11 @@ def with_vocabulary(data: dict[str, Artifact], directory: Path, vocab_size: int)
     return data | {"tokens": replace(data["tokens"], path=directory)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded_ranks() -> None:
+    """A rank that is measured starts as users start it."""
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     """A few steps of the quickstart's base model."""
