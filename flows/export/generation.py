@@ -27,8 +27,8 @@ from torch.nn.functional import embedding
 from flows.artifact import Artifact
 from flows.compression.candidate import load_candidate
 from flows.config.serving import CacheDtype, GenerationConfig
-from flows.export.graph import export_graph
 from flows.export.coded_cache import CODES, decode, encode, keep_cache_in
+from flows.export.graph import export_graph
 from flows.export.parity import compare
 from flows.export.program import NextTokenScores
 from flows.export.shipped.text_programs import PagedProgram

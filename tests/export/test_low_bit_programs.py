@@ -12,9 +12,9 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from flows.config.serving import CacheDtype
+from flows.export.coded_cache import keep_cache_in
 from flows.export.generation import GENERATION, _TokenByToken, export_generation
 from flows.export.graph import export_graph
-from flows.export.coded_cache import keep_cache_in
 from flows.export.parity import compare
 from flows.export.program import NextTokenScores, export_program
 from flows.export.runtime import PROGRAM, Program, ProgramError

@@ -14,8 +14,8 @@ import pytest
 from flows.compression.candidate import load_candidate
 from flows.config.serving import CacheDtype
 from flows.data.tokenizer import load_tokenizer
-from flows.export.generation import GENERATION, PAGE_TOKENS
 from flows.export.coded_cache import keep_cache_in
+from flows.export.generation import GENERATION, PAGE_TOKENS
 from flows.export.runtime import PROGRAM
 from flows.export.shipped.continuous_batching import Generator, Text
 from flows.export.shipped.sampling import Sampling
