@@ -12,7 +12,7 @@ heads, K width of a head, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -113,8 +113,9 @@ class GenerationStep(nn.Module):
         super().__init__()
         self.model = model
         self.codes = CODES.get(cache_dtype)
-        attend_to_codes = partial(_attend_to_coded_pages, self.codes)
-        self.attend_to_pages = _attend_to_pages if self.codes is None else attend_to_codes
+        self.attend_to_pages: Callable[..., Tensor] = _attend_to_pages
+        if self.codes is not None:
+            self.attend_to_pages = partial(_attend_to_coded_pages, self.codes)
         if self.codes == FP8:
             self.register_buffer("numbers", torch.arange(256).to(torch.uint8).view(FP8)[:, None])
 
