@@ -46,11 +46,11 @@ class Coded:
         return Grid(self.bits, self.scales, None if self.zeros is None else self.zeros.float()).restore(self.codes)
 
 
-def fitted_grid(weight: Tensor, scheme: Scheme, config: QuantizeConfig) -> Grid:
-    """The grid on which a scheme rounds a matrix [N, K] in whole numbers."""
+def fitted_grid(weight: Tensor, scheme: Scheme, config: QuantizeConfig, gram: Tensor | None = None) -> Grid:
+    """The grid on which a scheme rounds a matrix [N, K] in whole numbers; see `flows.model.affine.fit_grid`."""
     if scheme not in INT4_SCHEMES:
         return fit_grid(weight, 8)
-    return fit_grid(weight, 4, config.group_size, config.symmetric, INT4_SCALE_DTYPE, config.search)
+    return fit_grid(weight, 4, config.group_size, config.symmetric, INT4_SCALE_DTYPE, config.search, gram)
 
 
 def on_grid(scheme: Scheme, grid: Grid, codes: Tensor) -> Coded:
@@ -58,11 +58,11 @@ def on_grid(scheme: Scheme, grid: Grid, codes: Tensor) -> Coded:
     return Coded(scheme, codes, grid.scales, None if grid.zeros is None else grid.zeros.to(torch.int8))
 
 
-def nearest(weight: Tensor, scheme: Scheme, config: QuantizeConfig) -> Coded:
-    """The codes that are nearest to each number of a matrix [N, K]."""
+def nearest(weight: Tensor, scheme: Scheme, config: QuantizeConfig, gram: Tensor | None = None) -> Coded:
+    """The codes that are nearest to each number of a matrix [N, K], on the grid of `fitted_grid`."""
     if scheme == Scheme.fp8:
         return Coded(scheme, *quantize_rows(weight, FP8, "reference"))
-    grid = fitted_grid(weight, scheme, config)
+    grid = fitted_grid(weight, scheme, config, gram)
     return on_grid(scheme, grid, grid.codes(weight))
 
 

@@ -173,7 +173,7 @@ class Quantizer:
     def replace(self, names: Names, inputs: Inputs | None = None) -> None:
         """Quantizes one matrix, or reports why not."""
         weight, scheme, reason = self._weight(names), self._schemes[names], self._reasons[names]
-        coded = self._code(weight, scheme, inputs if reason is None else None)
+        coded = self._code(names[0], scheme, inputs if reason is None else None)
         reason = reason or self._unfit(weight, coded)
         ratio = round(sqnr_db(weight, coded.restored()), 2)
         for name in names:
@@ -234,10 +234,12 @@ class Quantizer:
             return f"sums over {weight.shape[1]} columns may exceed INT32; {MAX_INT8_COLUMNS} are safe"
         return None
 
-    def _code(self, weight: Tensor, scheme: Scheme, inputs: Inputs | None) -> Coded:
-        config = self.config
+    def _code(self, name: str, scheme: Scheme, inputs: Inputs | None) -> Coded:
+        weight, config = self.layers[name].weight, self.config
         if inputs is None or config.method != Method.gptq:
-            coded = nearest(weight, scheme, config)
+            # what queries and keys compute matters as products with each other: AWQ's authors do not clip them
+            clips = inputs is not None and config.method == Method.awq and not name.endswith(("q_proj", "k_proj"))
+            coded = nearest(weight, scheme, config, inputs.gram if inputs is not None and clips else None)
         else:
             assert inputs.gram is not None
             group_size = config.group_size if scheme in IN_GROUPS else None

@@ -70,7 +70,8 @@ class QuantizeConfig:
     symmetric: bool = True
     """In 4 bits: codes around zero; false = each group has a zero point, in 4 more bits, and uses all of its codes."""
     search: bool = True
-    """In 4 bits: each group has the scale with the least squared error, not the one that spans its largest weight."""
+    """In 4 bits: each group has the scale with the least squared error, not the one that spans its largest weight; with
+    `awq` the error is that of what the group computes on calibration data, but for queries and keys."""
     act_order: bool = False
     """With `gptq`: columns with the largest inputs come first, while the others can still make up for them."""
     alpha: float = 0.5

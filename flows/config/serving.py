@@ -23,6 +23,7 @@ class CacheDtype(StrEnum):
 
     float32 = "float32"
     int8 = "int8"
+    fp8 = "fp8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,8 @@ class ExportConfig:
     cache_mb: int = 256
     """Megabytes (10^6 bytes) for keys and values of all running texts; each reserves all that it may need."""
     cache_dtype: CacheDtype = CacheDtype.float32
-    """`float32`, or `int8` with a code step for each token and head: 4 K / (K + 4) x the tokens at head width K."""
+    """`float32`, or with a code step for each token and head, 4 K / (K + 4) x the tokens at head width K: `int8`, or
+    `fp8` (E4M3), which keeps less of large numbers and more of small ones."""
     encrypt_weights: bool = False
     """Encrypt what is published (AES-256-GCM). The key is 64 hexadecimal digits in MILLRACE_WEIGHTS_KEY, or in a file
     that MILLRACE_WEIGHTS_KEY_PATH names and nobody else may read: when it is published, and where it is served."""

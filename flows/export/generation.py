@@ -12,7 +12,7 @@ heads, K width of a head, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,16 +27,19 @@ from torch.nn.functional import embedding
 from flows.artifact import Artifact
 from flows.compression.candidate import load_candidate
 from flows.config.serving import CacheDtype, GenerationConfig
+from flows.export.coded_cache import CODES, decode, encode, keep_cache_in
 from flows.export.graph import export_graph
-from flows.export.int8_cache import decode, encode, keep_cache_in_int8
 from flows.export.parity import compare
 from flows.export.program import NextTokenScores
 from flows.export.shipped.text_programs import PagedProgram
 from flows.model.attention import Attention, angles, attend
 from flows.model.decoder import Decoder
+from kernels.reference import FP8
 
 GENERATION = "generation.onnx"
 PAGE_TOKENS = 16
+POOL_DTYPES = {CacheDtype.float32: torch.float32, CacheDtype.int8: torch.int8, CacheDtype.fp8: torch.uint8}
+"""Of pages: onnxruntime takes no E4M3 from numpy, only its bytes."""
 CHECKED_BYTES = 1 << 26
 """Of keys and values, while program and candidate are compared."""
 
@@ -60,8 +63,7 @@ def build(directory: Path, config: GenerationConfig, parents: Mapping[str, Artif
     export_generation(model, directory / GENERATION, config.cache_dtype)
     whole = load_candidate(parents["model"].path)
     assert isinstance(whole, Decoder)
-    if config.cache_dtype == CacheDtype.int8:
-        keep_cache_in_int8(whole)
+    keep_cache_in(config.cache_dtype, whole)
     parity = compare(NextTokenScores(whole).eval(), _TokenByToken(directory / GENERATION), whole.vocab_size)
     return {"largest_difference": parity.largest_difference, "tolerance": parity.tolerance}
 
@@ -105,23 +107,30 @@ class GenerationStep(nn.Module):
         cache_dtype: In what keys and values are kept.
     """
 
+    numbers: Tensor
+
     def __init__(self, model: Decoder, cache_dtype: CacheDtype) -> None:
         super().__init__()
         self.model = model
-        self.attend_to_pages = _attend_to_pages if cache_dtype == CacheDtype.float32 else _attend_to_int8_pages
+        self.codes = CODES.get(cache_dtype)
+        self.attend_to_pages: Callable[..., Tensor] = _attend_to_pages
+        if self.codes is not None:
+            self.attend_to_pages = partial(_attend_to_coded_pages, self.codes)
+        if self.codes == FP8:
+            self.register_buffer("numbers", torch.arange(256).to(torch.uint8).view(FP8)[:, None])
 
     def forward(
         self, input_ids: Tensor, new_lengths: Tensor, past_lengths: Tensor, page_table: Tensor, *pages: Tensor
     ) -> tuple[Tensor, ...]:
-        """Scores [B, V] and the new keys and values, each [N, B, S, G, K]; in INT8 also their steps [N, B, S, G, 1].
+        """Scores [B, V] and the new keys and values, each [N, B, S, G, K]; of codes also their steps [N, B, S, G, 1].
 
         Args:
             input_ids: New tokens [B, S], int64, padded on the right.
             new_lengths: How many of them are real [B], at least one.
             past_lengths: Tokens before them [B]; 0 for a new text.
             page_table: Numbers of the pages that hold those [B, M], in order; what lies behind them does not matter.
-            *pages: Pool of each layer's keys, then of each layer's values, [pages, T, G, K] float32 or int8; in INT8
-                then of their steps, [pages, T, G, 1] float32.
+            *pages: Pool of each layer's keys, then of each layer's values, [pages, T, G, K] float32, int8 or uint8,
+                the bytes of E4M3; of codes then of their steps, [pages, T, G, 1] float32.
         """
         stack = self.model.model
         num_layers, length = len(stack.layers), input_ids.shape[1]
@@ -137,12 +146,23 @@ class GenerationStep(nn.Module):
         for number, layer in enumerate(stack.layers):
             attention = layer.self_attn
             assert isinstance(attention, Attention)
-            past = tuple(_read(pool, page_table) for pool in pages[number::num_layers])
+            past = tuple(self.read(pool, page_table) for pool in pages[number::num_layers])
             attention.attend = partial(self.attend_to_pages, past, new)
             x_BSD = layer(x_BSD, rotation, allowed_B1SP)
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)
         scores_BV = self.model.lm_head(stack.norm(x_BSD)[rows, new_lengths - 1])
-        return scores_BV, *(torch.stack(of_all_layers) for of_all_layers in zip(*new, strict=True))
+        kept = [torch.stack(of_all_layers) for of_all_layers in zip(*new, strict=True)]
+        if self.codes == FP8:
+            kept[:2] = [numbers.to(FP8) for numbers in kept[:2]]
+        return scores_BV, *kept
+
+    def read(self, pages: Tensor, page_table_BM: Tensor) -> Tensor:
+        """Keys or values of the rows' pages, or their steps [B, G, P, K or 1]; of E4M3 the numbers, as float32."""
+        rows = embedding(page_table_BM, pages.flatten(1))  # one copy per page
+        found = rows.view(page_table_BM.shape[0], -1, *pages.shape[2:]).transpose(1, 2)
+        if found.dtype != torch.uint8:
+            return found
+        return embedding(found.int(), self.numbers.float()).squeeze(-1)  # the runtime can gather no E4M3
 
 
 def _attend_to_pages(
@@ -158,7 +178,8 @@ def _attend_to_pages(
     return attend(q_BHSK, keys, values, allowed_B1SP)
 
 
-def _attend_to_int8_pages(
+def _attend_to_coded_pages(
+    dtype: torch.dtype,
     past: tuple[Tensor, ...],
     new: list[tuple[Tensor, ...]],
     q_BHSK: Tensor,
@@ -166,27 +187,22 @@ def _attend_to_int8_pages(
     v_BGSK: Tensor,
     allowed_B1SP: Tensor | None,
 ) -> Tensor:
-    (k_codes, k_steps), (v_codes, v_steps) = encode(k_BGSK), encode(v_BGSK)
+    (k_codes, k_steps), (v_codes, v_steps) = encode(k_BGSK, dtype), encode(v_BGSK, dtype)
+    if dtype == FP8:  # the runtime can put no E4M3 together either: they are numbers until they leave it
+        k_codes, v_codes = k_codes.float(), v_codes.float()
     coded = (k_codes, v_codes, k_steps, v_steps)
     new.append(tuple(one.transpose(1, 2) for one in coded))
     k_codes, v_codes, k_steps, v_steps = (torch.cat(pair, dim=2) for pair in zip(past, coded, strict=True))
     return attend(q_BHSK, decode(k_codes, k_steps), decode(v_codes, v_steps), allowed_B1SP)
 
 
-def _read(pages: Tensor, page_table_BM: Tensor) -> Tensor:
-    """Keys or values of the rows' pages, or their steps [B, G, P, K or 1]."""
-    rows = embedding(page_table_BM, pages.flatten(1))  # one copy per page
-    return rows.view(page_table_BM.shape[0], -1, *pages.shape[2:]).transpose(1, 2)
-
-
 def export_generation(model: Decoder, path: Path, cache_dtype: CacheDtype) -> None:
     """Writes the graph, for any number of rows, new tokens and pages; equal weights give equal bytes."""
     config = model.config
     heads, width, layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
-    int8 = cache_dtype == CacheDtype.int8
-    codes = torch.zeros(5, PAGE_TOKENS, heads, width, dtype=torch.int8 if int8 else torch.float32)
+    codes = torch.zeros(5, PAGE_TOKENS, heads, width, dtype=POOL_DTYPES[cache_dtype])
     kept = {"key": codes, "value": codes}
-    if int8:
+    if cache_dtype != CacheDtype.float32:
         kept |= dict.fromkeys(("key_step", "value_step"), torch.zeros(5, PAGE_TOKENS, heads, 1))
     pages = [pool.clone() for pool in kept.values() for _ in range(layers)]
     rows, new, table, pool = (torch.export.Dim(name) for name in ("rows", "new_tokens", "row_pages", "pool_pages"))

@@ -18,7 +18,7 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
-from flows.export.low_bit_operations import TRANSLATIONS, lay_out_weights
+from flows.export import fused_operations, low_bit_operations
 from kernels.reference import FP8
 
 OPSET = 18
@@ -53,13 +53,14 @@ def export_graph(
             input_names=input_names,
             output_names=output_names,
             dynamic_shapes=dynamic_shapes,
-            custom_translation_table=TRANSLATIONS,
+            custom_translation_table=fused_operations.TRANSLATIONS | low_bit_operations.TRANSLATIONS,
             opset_version=FP8_OPSET if with_fp8 else OPSET,
             dynamo=True,
             verbose=False,
         )
     assert program is not None
-    lay_out_weights(program.model)
+    low_bit_operations.lay_out_weights(program.model)
+    fused_operations.divide_by_roots(program.model)
     _strip(program.model)
     program.save(path)
     onnx.checker.check_model(path)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flows.compression.quantized_linear import W4A8Linear, W8A8Linear
-from flows.export.int8_cache import attend_rounded
+from flows.export.coded_cache import rounds_cache
 from flows.export.runtime import ProgramError
 from flows.model.attention import Attention
 
@@ -108,7 +108,7 @@ def sample_inputs(vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _rounds_activations(module: nn.Module) -> bool:
     if isinstance(module, Attention):
-        return module.attend is attend_rounded
+        return rounds_cache(module)
     return isinstance(module, W8A8Linear | W4A8Linear)
 
 

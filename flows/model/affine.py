@@ -63,6 +63,7 @@ def fit_grid(
     symmetric: bool = True,
     scale_dtype: torch.dtype = torch.float32,
     search: bool = False,
+    gram: Tensor | None = None,
 ) -> Grid:
     """The grid that spans the numbers of each group; zero is always one of its numbers.
 
@@ -73,6 +74,8 @@ def fit_grid(
         symmetric: Steps of max |x| / (2^(bits - 1) - 1) around zero; else all 2^bits codes from min to max.
         scale_dtype: What scales are rounded to before anything else, as they will be stored.
         search: Whether to narrow each group's grid to where the sum of squared errors is least.
+        gram: Products X^T X [K, K] of what the numbers are multiplied with: those errors are then of each group's
+            products, not of its numbers (weight clipping of AWQ, arXiv:2306.00978); None = of the numbers.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     groups = torch.unflatten(x.detach().to(wide), 1, (-1, group_size or x.shape[1]))
@@ -80,11 +83,12 @@ def fit_grid(
     best = _spanning(low, high, bits, symmetric, scale_dtype)
     if not search:
         return best
-    least = _squared_errors(x, best)
+    blocks = None if gram is None else _blocks(gram.to(wide), groups.shape[1])
+    least = _squared_errors(x, best, blocks)
     for number in range(1, SHRINKS + 1):
         share = 1 - (1 - LEAST_SHRINK) * number / SHRINKS
         tried = _spanning(low * share, high * share, bits, symmetric, scale_dtype)
-        errors = _squared_errors(x, tried)
+        errors = _squared_errors(x, tried, blocks)
         better = errors < least
         least = torch.where(better, errors, least)
         zeros = None if best.zeros is None or tried.zeros is None else torch.where(better, tried.zeros, best.zeros)
@@ -104,9 +108,17 @@ def _spanning(low: Tensor, high: Tensor, bits: int, symmetric: bool, scale_dtype
     return Grid(bits, scales, zeros.to(scale_dtype))
 
 
-def _squared_errors(x: Tensor, grid: Grid) -> Tensor:
-    error = grid.restore(grid.codes(x)) - x
-    return torch.unflatten(error.square(), 1, (grid.scales.shape[1], -1)).sum(-1)
+def _blocks(gram: Tensor, groups: int) -> Tensor:
+    """Products of the columns of each group with each other [G, K / G, K / G]."""
+    return (
+        torch.unflatten(torch.unflatten(gram, 1, (groups, -1)), 0, (groups, -1)).diagonal(dim1=0, dim2=2).movedim(2, 0)
+    )
+
+
+def _squared_errors(x: Tensor, grid: Grid, blocks: Tensor | None) -> Tensor:
+    error = torch.unflatten(grid.restore(grid.codes(x)) - x, 1, (grid.scales.shape[1], -1))
+    weighed = error if blocks is None else torch.einsum("ngi,gij->ngj", error, blocks)
+    return (weighed * error).sum(-1)
 
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:

@@ -20,7 +20,7 @@ from flows.config import RunError, to_plain
 from flows.config.serving import CacheDtype, PassportConfig
 from flows.data.mixture import open_split
 from flows.data.tokenizer import load_tokenizer
-from flows.export.int8_cache import keep_cache_in_int8
+from flows.export.coded_cache import keep_cache_in
 from flows.export.shipped import encryption
 from flows.model.decoder import Decoder
 from flows.serving import config_pbtxt
@@ -82,9 +82,9 @@ def expect(config: PassportConfig, parents: Mapping[str, Artifact]) -> Expected:
     lengths = sorted({*config.verify.lengths, config.sequence_length})
     reference = make_reference(model, everything, lengths, config.verify.noise_factor)
     text_tolerance = reference.tolerance
-    if config.export.cache_dtype == CacheDtype.int8:  # texts are those of the checkpoint with such a cache
+    if config.export.cache_dtype != CacheDtype.float32:  # texts are those of the checkpoint with such a cache
         assert isinstance(model, Decoder)
-        keep_cache_in_int8(model)
+        keep_cache_in(config.export.cache_dtype, model)
         text_tolerance = make_reference(model, everything, lengths, config.verify.noise_factor).tolerance
     checkpoint = Checkpoint(model, tokenizer, eos_token_id, config.sequence_length)
     prompts = _prompts(real, checkpoint, config)

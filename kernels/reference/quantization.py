@@ -28,8 +28,8 @@ def quantize_groups(x: Tensor, group_size: int, dtype: torch.dtype) -> tuple[Ten
     largest = wide.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_MAGNITUDE)
     limit = torch.full_like(largest, LARGEST_CODE[dtype])  # dividing by a number, torch multiplies with its inverse
     steps = wide * (limit / largest)
-    codes = (steps.round() if dtype == INT8 else steps).clamp(-LARGEST_CODE[dtype], LARGEST_CODE[dtype]).to(dtype)
-    return codes.flatten(-2), (largest / limit).squeeze(-1)
+    steps = (steps.round() if dtype == INT8 else steps).clamp(-LARGEST_CODE[dtype], LARGEST_CODE[dtype])
+    return steps.flatten(-2).to(dtype), (largest / limit).squeeze(-1)  # E4M3 has no shape operations in ONNX
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

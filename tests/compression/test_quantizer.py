@@ -107,6 +107,7 @@ def test_inputs_are_those_behind_blocks_as_they_are(calibration: Calibration) ->
         ("gptq", {"scheme": "w4a16", "search": False}),
         ("gptq", {"scheme": "w4a16", "symmetric": False, "act_order": True}),
         ("awq", {"scheme": "w4a16", "search": False}),
+        ("awq", {"scheme": "w4a16"}),
         ("smoothquant", {"scheme": "w8a8"}),
         ("smoothquant", {"scheme": "w8a8_static"}),
     ],

@@ -12,7 +12,7 @@ from flows.compression.int8 import sqnr_db
 from flows.compression.layer_inputs import Inputs
 from flows.compression.scale_folding import InputGroup, awq_scales, fold_, input_groups, output_error, smoothing_scales
 from flows.config.model import ModelConfig
-from flows.model.affine import fit_grid
+from flows.model.affine import Grid, fit_grid
 from flows.model.decoder import Decoder
 from kernels.quantize import dequantize, quantize_rows
 
@@ -94,6 +94,23 @@ def test_awq_saves_what_meets_large_inputs_in_4_bits_and_never_loses() -> None:
         scales = awq_scales(inputs, [weight], rounded, PLAIN)
         assert error(scales, inputs) <= most * error(torch.ones(64), inputs)
     assert scales[0] > 2 * scales[1]
+
+
+def test_awq_cuts_off_large_weights_that_meet_small_inputs() -> None:
+    """In each group one weight of 8 stretches the grid for 31 of about 1; its inputs are a hundredth of theirs."""
+    x, weight = normal(400, 64), normal(48, 64, seed=2)
+    weight[:, ::32], x[:, ::32] = 8.0, x[:, ::32] / 100
+    gram = seen(x).gram
+    assert gram is not None
+
+    def error(grid: Grid) -> float:
+        return output_error(grid.restore(grid.codes(weight)) - weight, gram)
+
+    spanning, by_weights = fit_grid(weight, 4, 32), fit_grid(weight, 4, 32, search=True)
+    clipped = fit_grid(weight, 4, 32, search=True, gram=gram)
+    # steps of 0.6 x the spanning ones leave 0.36 x their squared errors, and what is cut off is hardly looked at
+    assert error(clipped) < 0.5 * error(spanning)
+    assert error(clipped) < 0.7 * error(by_weights)
 
 
 def test_inputs_that_one_output_becomes_have_one_scale() -> None:

@@ -12,9 +12,9 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from flows.config.serving import CacheDtype
+from flows.export.coded_cache import keep_cache_in
 from flows.export.generation import GENERATION, _TokenByToken, export_generation
 from flows.export.graph import export_graph
-from flows.export.int8_cache import keep_cache_in_int8
 from flows.export.parity import compare
 from flows.export.program import NextTokenScores, export_program
 from flows.export.runtime import PROGRAM, Program, ProgramError
@@ -92,15 +92,19 @@ def test_weights_are_stored_as_small_as_they_are(every_form: tuple[EveryForm, Pa
     assert operations.count("GatherBlockQuantized") == 1
 
 
-def test_a_cache_in_int8_differs_from_a_cache_in_floating_point(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kept", "other"), [(CacheDtype.int8, CacheDtype.fp8), (CacheDtype.fp8, CacheDtype.int8)], ids=str
+)
+def test_a_cache_in_8_bits_differs_from_other_caches(tmp_path: Path, kept: CacheDtype, other: CacheDtype) -> None:
     """The comparison tells them apart: it would not let a program round what its model does not."""
-    model = low_bit_decoder("w4a16")
-    export_generation(model, tmp_path / GENERATION, CacheDtype.int8)
+    export_generation(low_bit_decoder("w4a16"), tmp_path / GENERATION, kept)
     program = _TokenByToken(tmp_path / GENERATION)
     whole = low_bit_decoder("w4a16")
-    with pytest.raises(ProgramError, match="differs from the model"):
-        compare(NextTokenScores(whole).eval(), program, VOCAB)
-    keep_cache_in_int8(whole)
+    for wrong in (CacheDtype.float32, other):
+        keep_cache_in(wrong, whole)
+        with pytest.raises(ProgramError, match="differs from the model"):
+            compare(NextTokenScores(whole).eval(), program, VOCAB)
+    keep_cache_in(kept, whole)
     compare(NextTokenScores(whole).eval(), program, VOCAB)
 
 
@@ -111,9 +115,10 @@ def test_decoders_of_every_form_pass_the_comparison(tmp_path: Path, form: str) -
     scores = NextTokenScores(low_bit_decoder(form, tied=tied)).eval()
     export_program(scores, tmp_path / PROGRAM)
     compare(scores, Program(tmp_path), VOCAB)
-    cache = CacheDtype.int8 if form in ("w8a8_static", "w4a16_asymmetric", "fp8") else CacheDtype.float32
+    cache = {"w8a8_static": CacheDtype.fp8, "w4a16_asymmetric": CacheDtype.int8, "fp8": CacheDtype.fp8}.get(
+        form, CacheDtype.float32
+    )
     export_generation(low_bit_decoder(form, tied=tied), tmp_path / GENERATION, cache)
     whole = low_bit_decoder(form, tied=tied)
-    if cache == CacheDtype.int8:
-        keep_cache_in_int8(whole)
+    keep_cache_in(cache, whole)
     compare(NextTokenScores(whole).eval(), _TokenByToken(tmp_path / GENERATION), VOCAB)

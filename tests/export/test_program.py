@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
@@ -158,6 +159,18 @@ def test_int8_multiplies_integers_and_keeps_no_float_copy(built):
         numpy_helper.to_array(tensor).size for tensor in graph.initializer if tensor.data_type == TensorProto.INT8
     )
     assert codes == built["int8"][1]["parameters"] - 5 * 64  # every matrix once, norms left out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_are_one_pass_and_attention_repeats_and_mends_nothing(tmp_path, built, kind):
+    """As onnxruntime runs the program."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "model.onnx"), 3
+    onnxruntime.InferenceSession(str(built[kind][0] / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    operations = [node.op_type for node in graph_of(tmp_path).node]
+    assert operations.count("SimplifiedLayerNormalization") == 5
+    assert not {"Pow", "Expand", "IsNaN"} & set(operations)
+    assert operations.count("Where") == 1  # the mask, made once for all layers
 
 
 def test_shared_matrix_is_stored_once(built):

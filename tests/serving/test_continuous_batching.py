@@ -14,8 +14,8 @@ import pytest
 from flows.compression.candidate import load_candidate
 from flows.config.serving import CacheDtype
 from flows.data.tokenizer import load_tokenizer
+from flows.export.coded_cache import keep_cache_in
 from flows.export.generation import GENERATION, PAGE_TOKENS
-from flows.export.int8_cache import keep_cache_in_int8
 from flows.export.runtime import PROGRAM
 from flows.export.shipped.continuous_batching import Generator, Text
 from flows.export.shipped.sampling import Sampling
@@ -84,14 +84,15 @@ def test_texts_together_are_those_of_the_checkpoint(
     assert together.cache_used_ratio == 0
 
 
-def test_texts_with_a_cache_in_int8_are_those_of_a_checkpoint_that_rounds_alike(
-    chain: Chain, checkpoint: Checkpoint, tmp_path: Path
+@pytest.mark.parametrize("cache_dtype", [CacheDtype.int8, CacheDtype.fp8])
+def test_texts_with_a_cache_in_8_bits_are_those_of_a_checkpoint_that_rounds_alike(
+    chain: Chain, checkpoint: Checkpoint, tmp_path: Path, cache_dtype: CacheDtype
 ) -> None:
-    directory = tiny_model.make_generation(tmp_path, chain.model.path, CacheDtype.int8)
+    directory = tiny_model.make_generation(tmp_path, chain.model.path, cache_dtype)
     program = PagedProgram(directory / GENERATION, 1, 24 * PAGE_BYTES)
     assert program.pool.num_pages == 64, "a token and head of width 8 takes 8 + 4 bytes instead of 32"
     model = load_candidate(chain.model.path)
-    keep_cache_in_int8(model)
+    keep_cache_in(cache_dtype, model)
     rounding = replace(checkpoint, model=model)
     together = Generator(program, checkpoint.decode, 0, 4, 6)
     prompts = [*PROMPTS, PROMPTS[2]]  # the last reads the pages of the third

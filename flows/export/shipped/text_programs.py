@@ -18,8 +18,8 @@ from .onnx_session import open_session
 from .pages import PagePool
 
 Scores = npt.NDArray[np.float32]
-DTYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
-"""Of keys and values, and the steps of INT8 ones, by what onnxruntime calls them."""
+DTYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
+"""Of keys and values, and the steps of coded ones, by what onnxruntime calls them; E4M3 codes are bytes to numpy."""
 
 
 class Text(Protocol):
