@@ -174,12 +174,14 @@ def settle(load: Load, service: ReplicatedServer, name: str, version: str) -> No
 
 
 def storm(load: Load, service: ReplicatedServer, repository: Path, model_name: str, requests: int) -> None:
-    """Promotes version 2 and goes back to version 1 again and again, without waiting for any server to follow."""
+    """Promotes version 2 and goes back to version 1 again and again, whether servers have followed or not."""
     name, failed = f"storm of {STORM} changes", len(load.failures)
     load.enter(name)
     for number in range(STORM // 2):
         promotion.promote(repository, model_name, version=int(SECOND), why=f"storm, {number}")
+        load.wait_until(partial(has_answered, load, name, 2 * number + 1), name)
         promotion.rollback(repository, model_name, why=f"storm, {number}")
+        load.wait_until(partial(has_answered, load, name, 2 * number + 2), name)
     load.wait_until(partial(has_answered, load, name, requests), name)
     told = ", ".join(f"version {version}: {count}" for version, count in sorted(load.answers(name).items()))
     settle(load, service, "after the storm", FIRST)

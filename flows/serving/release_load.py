@@ -60,6 +60,10 @@ class Load:
         for thread in self._threads:
             thread.join()
 
+    def anew(self) -> Load:
+        """As many clients more."""
+        return Load(self._addresses, self._names[0])
+
     def enter(self, phase: str) -> None:
         """Counts under this name from now on."""
         with self._changed:

@@ -37,14 +37,27 @@ def faults(load: Load, service: ReplicatedServer, requests: int, probe_timeout_s
         load.enter(name)
         began = time.monotonic()
         os.kill(victim(replica), what)
+        told = _ask_anew(load, service, replica) if (victim, what) == HANG else ""
         load.wait_until(partial(_is_replaced, replica, before), f"{replica.name} was not killed after {name}")
-        seconds, meanwhile = time.monotonic() - began, sum(load.answers(name).values())
+        seconds = time.monotonic() - began
         load.wait_until(partial(_is_back, replica, before), f"{replica.name} did not come back after {name}")
         load.wait_until(partial(has_answered, load, name, requests), name)
-        told = f"known after {seconds:.1f} s, with {meanwhile} answers meanwhile"
+        told = f"killed after {seconds:.1f} s{told}; {sum(load.answers(name).values())} answers"
         print(f"{name:<32}{told}, {len(load.failures) - failed} failed", flush=True)
         if seconds > known_after_s:
             raise RunError(f"{name}: it was found out after {seconds:.1f} s, later than {known_after_s:g} s.")
+
+
+def _ask_anew(load: Load, service: ReplicatedServer, replica: Replica) -> str:
+    """Lets clients come once a hung server gets no more requests; how they fared until it was killed."""
+    began, restarts = time.monotonic(), replica.restarts
+    load.wait_until(lambda: replica.name not in service.proxy.in_rotation(), f"{replica.name} gets requests still")
+    seconds = time.monotonic() - began
+    with load.anew() as others:
+        others.wait_until(partial(_is_replaced, replica, restarts), f"{replica.name} was not killed")
+        answers = sum(others.answers("").values())
+    load.failures += others.failures
+    return f", without new requests after {seconds:.1f} s, {answers} answers to other clients from then on"
 
 
 def _is_replaced(replica: Replica, restarts: int) -> bool:
@@ -70,10 +83,11 @@ def server_of(replica: Replica) -> int:
     return replica.server.pid
 
 
+HANG = (server_of, signal.SIGSTOP)
 FAULTS = (
     ("kill -9 of a model's process", model_process, signal.SIGKILL),
     ("kill -9 of a server", server_of, signal.SIGKILL),
     ("a model's process hangs", model_process, signal.SIGSTOP),
-    ("a server hangs", server_of, signal.SIGSTOP),
+    ("a server hangs", *HANG),
 )
 """What happens to whom."""

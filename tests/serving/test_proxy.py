@@ -125,6 +125,9 @@ def test_the_candidate_gets_its_share(proxy: Proxy) -> None:
     assert share(20) == 1
     proxy.switch_off(CANDIDATE)
     assert share(20) == 0, "without a candidate the live servers answer"
+    assert proxy.in_rotation() == set(NAMES)
+    proxy.switch_off(NAMES[0])
+    assert proxy.in_rotation() == {*NAMES[1:]}
 
 
 @needs_haproxy
