@@ -2,13 +2,14 @@
 
     python -m flows.promote list                                     aliases of every model; --history for all changes
     python -m flows.promote publish artifacts/runs/quickstart        a finished run's verified version, as the candidate
-    python -m flows.promote verify quickstart --version 3            its files are those that its passport proves
+    python -m flows.promote verify quickstart --version 3            the whole proof once more: python -m flows.verify
     python -m flows.promote canary quickstart --share 0.1            the candidate answers a tenth of the requests
     python -m flows.promote promote quickstart --why "a week fine"   the candidate is live, the live one `previous`
     python -m flows.promote abort quickstart --why "answers slowly"  the candidate is taken back
     python -m flows.promote rollback quickstart                      `previous` is live again
 
-Only versions whose files match their passport are released. `flows.train publish.live=false` publishes as the
+Only versions whose files have the digests that their passport proves are released, which takes a second; `verify` asks
+a private server, too. `flows.train publish.live=false` publishes as the
 candidate, too. A running `flows.serve` follows within serve.poll_interval_s, without a failed request; a canary needs
 its serve.replicas=1 or more, and is taken back by it on wrong answers, errors or slowness. Clients need to do nothing:
 who names no version gets the live one. Every change is a line of model_repo/<name>/releases.jsonl.
@@ -22,11 +23,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from flows import verify
 from flows.artifact import load_artifact
 from flows.config import ConfigError, RunError
 from flows.config.serving import PublishConfig
 from flows.serving import promotion, publish
-from flows.serving.releases import Aliases, ReleaseError, check_proven, read_aliases, read_history
+from flows.serving.releases import Aliases, ReleaseError, read_aliases, read_history
 from flows.serving.repository import complete_versions, published_names
 
 ROLES = ("entry", "passport", "gates")
@@ -43,7 +45,8 @@ def main(words: list[str] | None = None) -> int:
             case "publish":
                 _publish(repository, arguments.run)
             case "verify":
-                _verify(repository, arguments.model, arguments.version)
+                _check_known(repository, arguments.model)
+                return _verify(repository, arguments.model, arguments.version, arguments.artifacts)
             case "canary":
                 _check_known(repository, arguments.model)
                 after = promotion.canary(repository, arguments.model, arguments.share, arguments.version, arguments.why)
@@ -80,10 +83,13 @@ def _parser() -> argparse.ArgumentParser:
             continue
         one.add_argument("model", help="published name")
         if verb != "abort":
-            one.add_argument("--version", type=int, help="default: the candidate; of rollback: previous")
+            default = {"rollback": "previous", "verify": "the candidate, else the live one"}.get(verb, "the candidate")
+            one.add_argument("--version", type=int, help=f"default: {default}")
         if verb == "canary":
             one.add_argument("--share", type=float, required=True, help="of the requests, above 0 and below 1")
-        if verb != "verify":
+        if verb == "verify":
+            one.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="artifacts_dir of the run")
+        else:
             one.add_argument("--why", default="", help="for the history")
     return parser
 
@@ -124,13 +130,10 @@ def _publish(repository: Path, run: Path) -> None:
     _tell(name, read_aliases(repository, name))
 
 
-def _verify(repository: Path, model_name: str, version: int | None) -> None:
-    _check_known(repository, model_name)
+def _verify(repository: Path, model_name: str, version: int | None, artifacts: Path) -> int:
     aliases = read_aliases(repository, model_name)
     chosen = version or aliases.candidate or aliases.live
-    assert chosen is not None
-    check_proven(repository, model_name, chosen)
-    print(f"{model_name} version {chosen}: its passport says passed, and every file has the digest that it says.")
+    return verify.main([str(repository / model_name / str(chosen)), "--artifacts", str(artifacts)])
 
 
 def _check_known(repository: Path, model_name: str) -> None:

@@ -18,7 +18,8 @@ class PredictConfig:
     input: Path | None = None
     """Rows with a text each: .jsonl (an object a line) or .parquet."""
     output: Path | None = None
-    """The same rows in the same order and format, with four columns more; nothing may be there yet."""
+    """The same rows in the same order and format, with four columns more; nothing may be there yet. The file
+    `<output>.predict.json` beside it names the version that answered and the sha256 of its passport."""
     field: str = "text"
     """Column that holds the prompt."""
     output_field: str = "completion"
@@ -28,7 +29,8 @@ class PredictConfig:
     replicas: int = 1
     """Servers to start where `servers` names none."""
     version: int = 0
-    """Version to ask; 0 = the newest that every server has. A run that goes on stays with the version it began with."""
+    """Version to ask; 0 = the live one, of `servers` the highest that all have loaded, which is the one live there.
+    A run that goes on stays with the version it began with."""
     requests_per_server: int = 16
     """Texts that one server works on at a time; `export.max_running` of them are generated together."""
     rows_per_part: int = 256

@@ -32,8 +32,9 @@ class ExportConfig:
 
     max_batch_size: int = 8
     """Largest batch that the inference server forms."""
-    max_queue_delay_us: int = 500
-    """Microseconds that a request may wait for others to share its batch."""
+    max_queue_delay_us: int = 0
+    """Microseconds that a request may wait for others to share its batch. A lone one waits that long, too; with 0,
+    those that come while the model is busy share the next batch."""
     instances: int = 1
     """Copies of the model that serve in parallel."""
     threads: int = 0

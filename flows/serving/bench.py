@@ -1,6 +1,9 @@
 """What serving adds to a request: latency over HTTP and gRPC against the same program in this process.
 
 python -m flows.serving.bench model_repo millrace
+
+Then how long a request spends in which part of the server, by the server's own clock: in its queue, on the way into the
+model's process, there, and on the way out. What is left of the added time is transport and client.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import argparse
 import json
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,12 +27,14 @@ from flows.serving.server import InferenceServer
 
 REQUESTS = 300
 WARMUP_REQUESTS = 30
+PARTS = ("queue", "compute_input", "compute_infer", "compute_output")
+"""Of a request's time in the server, as its statistics name them."""
 ULPS = 4
 """Served scores may differ from those in this process by this many units in the last place of the largest score."""
 
 
 def run(repository: Path, model_name: str, tokens: int = 128) -> None:
-    """Prints p50 and p95 latency in process, over HTTP and over gRPC, and their ratios, all from one run.
+    """Prints p50 and p95 latency in process, over HTTP and over gRPC, their ratios, and the server's part of it.
 
     Requests take turns, so that a busy machine is fair to all. Nothing is timed before all three agree.
 
@@ -67,12 +73,14 @@ def run(repository: Path, model_name: str, tokens: int = 128) -> None:
                 started = time.perf_counter()
                 way()
                 seconds[name].append(time.perf_counter() - started)
+        parts = _mean_ms(server.http_address, model_name)
     print(f"{model_name} version {versions[-1]}, batch 1, {ids.shape[1]} tokens, {REQUESTS} requests each, in turns")
     print(f"{'':12}{'p50 ms':>10}{'p95 ms':>10}{'p50 ratio':>12}{'p50 added ms':>15}")
     base, _ = _percentiles(seconds["in process"])
     for name, values in seconds.items():
         p50, p95 = _percentiles(values)
         print(f"{name:12}{p50:10.2f}{p95:10.2f}{p50 / base:12.2f}{p50 - base:15.2f}")
+    print("in the server, mean ms: " + ", ".join(f"{name} {value:.2f}" for name, value in parts.items()))
 
 
 def _check_agreement(scores: dict[str, NDArray[np.float32]]) -> None:
@@ -86,13 +94,21 @@ def _check_agreement(scores: dict[str, NDArray[np.float32]]) -> None:
             )
 
 
+def _mean_ms(address: str, model_name: str) -> dict[str, float]:
+    """Mean milliseconds of a request in each part of the server."""
+    with urllib.request.urlopen(f"http://{address}/v2/models/{model_name}/stats") as response:
+        (told,) = json.loads(response.read())["model_stats"]
+    parts = {name: told["inference_stats"][name] for name in PARTS}
+    return {name: part["ns"] / 1e6 / max(1, part["count"]) for name, part in parts.items()}
+
+
 def _percentiles(seconds: list[float]) -> tuple[float, float]:
     p50, p95 = np.percentile(np.array(seconds[WARMUP_REQUESTS:]) * 1e3, [50, 95])
     return float(p50), float(p95)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path)
     parser.add_argument("model_name")
     parser.add_argument("--tokens", type=int, default=128)

@@ -1,8 +1,9 @@
-"""Sees at once when an inference server or one of its models' processes dies.
+"""Sees at once when an inference server or one of its models' processes dies, or such a process is stopped.
 
 The server never starts a dead model process again, goes on saying that it is ready, and answers the requests that the
-process had with errors, after about a second. Who is told of the death within milliseconds can end the server before it
-does so; then the connections close without an answer, and a proxy may repeat the requests elsewhere.
+process had with errors, after about a second; of one that does not run (SIGSTOP) it thinks the same. Who is told within
+that time can end the server before it does so; then the connections close without an answer, and a proxy may repeat the
+requests elsewhere.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Self
 STUB = b"triton_python_backend_stub"
 INSTANCE = 8
 """Place of the instance's name among a model process's arguments; its model file is the first."""
+LOOK_MS = 200
+"""How often it is looked whether a process is stopped."""
 
 
 class DeathWatch:
@@ -72,12 +75,26 @@ class DeathWatch:
             with self._lock:
                 for handle in (self._wake, *self._watched):
                     poll.register(handle, select.POLLIN)
-            for handle, _ in poll.poll():
+            found = poll.poll(LOOK_MS)
+            if not found and (stopped := self._find_stopped()):
+                self._tell(stopped)
+                return
+            for handle, _ in found:
                 if handle == self._wake:
                     os.eventfd_read(self._wake)
                 elif died := self._judge(handle):
                     self._tell(died)
                     return
+
+    def _find_stopped(self) -> str:
+        """What is not served for want of a process that does not run; empty if all run."""
+        with self._lock:
+            mine = [(pid, instance) for pid, (_, instance) in self._watched.values() if pid != self._server_pid]
+        for pid, instance in mine:
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                    return f"the process of {instance} is stopped"
+        return ""
 
     def _judge(self, handle: int) -> str:
         """What is not served any more for want of the process that ended; empty if nothing is."""

@@ -11,6 +11,7 @@ from flows.serving.client import Client, Transport
 from flows.serving.shared_memory import SharedMemoryClient
 
 ADMIN_HEADER = "millrace-admin"
+GRPC_ADMIN_HEADER = f"triton-grpc-protocol-{ADMIN_HEADER}"
 TIMEOUT_S = 120.0
 
 
@@ -34,7 +35,7 @@ class Endpoint:
     @property
     def grpc_headers(self) -> Mapping[str, str]:
         """The same over gRPC."""
-        return {f"triton-grpc-protocol-{ADMIN_HEADER}": self.admin_key} if self.admin_key else {}
+        return {GRPC_ADMIN_HEADER: self.admin_key} if self.admin_key else {}
 
     def connect(self, transport: Transport) -> Client:
         """A connection of that kind, for one thread."""

@@ -4,8 +4,9 @@
 
 The last argument is the directory of the floating-point model that was published (`publish.candidate=base`). Needs the
 extra `transformers`. Greedy texts of all ways are compared before anything is timed. All ways take turns on the same
-prompts: ours over gRPC, streamed; one FastAPI worker that generates one request after the other; and, without any
-server, batches of as many prompts as there are clients, each as slow as its longest text.
+prompts: ours over gRPC, streamed, and as whole answers; one FastAPI worker that generates one request after the other,
+as whole answers; and, without any server, batches of as many prompts as there are clients, each as slow as its longest
+text. Then scores of token ids, ours over gRPC against the same worker.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flows.config import ConfigError, RunError
+from flows.serving.client import Client, Transport
 from flows.serving.generation_rival import Rival
 from flows.serving.load import Load, ask_text, under_load
 from flows.serving.repository import complete_versions, model_names
@@ -34,6 +38,9 @@ from flows.serving.server import InferenceServer
 MAX_TOKENS = 64
 REQUESTS = 64
 """At least; four per client if that is more."""
+SCORE_CLIENTS, SCORE_REQUESTS, SCORE_TOKENS = 32, 512, 128
+SCORE_DIFFERENCE = 1e-3
+"""Of the largest score: by how much two programs of one model may differ here. The passport has its own tolerance."""
 START_TIMEOUT_S = 120.0
 PROMPTS = (
     "import os\n\ndef main(",
@@ -65,18 +72,23 @@ def run(repository: Path, model_name: str, checkpoint: Path, clients: Sequence[i
         text = model_names(model_name)[1]
         _check_texts(lambda prompt: _ours(server.grpc_address, text, prompt, Load()), rival)
         print(f"{MAX_TOKENS} tokens a request, greedy; tokens/s of all clients together, other numbers in ms")
-        print(f"{'':8}{'ours':>10}{'FastAPI':>10}{'ratio':>8}{'static batch':>14}{'ratio':>8}", end="")
+        print(f"{'':8}{'ours':>10}{'whole':>8}{'FastAPI':>10}{'ratio':>8}{'static batch':>14}{'ratio':>8}", end="")
         print("".join(f"{name:>16}" for name in ("first p50", "first p95", "between p50", "between p95")))
         for count in clients:
             requests = max(REQUESTS, 4 * count)
             ours = _under_load(count, requests, lambda prompt, load: _ours(server.grpc_address, text, prompt, load))
+            whole = _under_load(count, requests, lambda prompt, load: _whole(server.grpc_address, text, prompt, load))
             theirs = _under_load(count, min(requests, 2 * REQUESTS), fast_api.ask)
             static = _static(rival, count, requests)
             ratios = [ours.tokens_per_s / other.tokens_per_s for other in (theirs, static)]
-            print(f"{count:<8}{ours.tokens_per_s:10.0f}{theirs.tokens_per_s:10.0f}{ratios[0]:8.2f}", end="")
+            print(
+                f"{count:<8}{ours.tokens_per_s:10.0f}{whole.tokens_per_s:8.0f}{theirs.tokens_per_s:10.0f}{ratios[0]:8.2f}",
+                end="",
+            )
             print(f"{static.tokens_per_s:14.0f}{ratios[1]:8.2f}", end="")
             measured = (ours.first_ms, ours.between_ms)
             print("".join(f"{np.percentile(values, share):16.1f}" for values in measured for share in (50, 95)))
+        _compare_scores(server, model_name, fast_api)
 
 
 def _check_texts(ours: Callable[[str], str], rival: Rival) -> None:
@@ -97,6 +109,35 @@ def _under_load(clients: int, requests: int, ask: Callable[[str, Load], str]) ->
 
 def _ours(address: str, model: str, prompt: str, load: Load) -> str:
     return ask_text(address, model, prompt, MAX_TOKENS, load)
+
+
+def _whole(address: str, model: str, prompt: str, load: Load) -> str:
+    with Client(Transport.grpc, address) as client:
+        answer = client.generate(model, prompt, options={"max_tokens": MAX_TOKENS})
+    load.tokens.append(answer.completion_tokens)
+    return answer.text
+
+
+def _compare_scores(server: InferenceServer, model: str, fast_api: _FastApi) -> None:
+    """Prints scores of ours and theirs per second, and their ratio."""
+    ids = np.arange(SCORE_TOKENS, dtype=np.int64) % 256
+    requests = [np.roll(ids, number) for number in range(SCORE_REQUESTS)]
+
+    def ask(ids_L: NDArray[np.int64], load: Load) -> NDArray[np.float32]:
+        with Client(Transport.grpc, server.grpc_address) as client:
+            scores = client.scores(model, ids_L[None], np.ones_like(ids_L[None]))[0]
+        load.tokens.append(1)
+        return scores
+
+    ours, theirs = ask(ids, Load()), fast_api.scores(ids, Load())
+    if (difference := float(np.abs(ours - theirs).max())) > SCORE_DIFFERENCE * float(np.abs(theirs).max()):
+        raise RunError(f"Scores differ from those of transformers by {difference:.3g}. They were not timed.")
+    loads = [under_load(SCORE_CLIENTS, iter(requests), one) for one in (ask, fast_api.scores)]
+    per_s = [load.answers_per_s for load in loads]
+    print(
+        f"scores of {SCORE_TOKENS} tokens, {SCORE_CLIENTS} clients: ours {per_s[0]:.0f}/s, FastAPI {per_s[1]:.0f}/s, "
+        f"ratio {per_s[0] / per_s[1]:.2f}"
+    )
 
 
 def _static(rival: Rival, batch: int, requests: int) -> Load:
@@ -138,13 +179,22 @@ class _FastApi:
 
     def ask(self, prompt: str, load: Load) -> str:
         """One text."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port)
-        body = json.dumps({"prompt": prompt, "max_tokens": MAX_TOKENS})
-        connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
-        answer = json.loads(connection.getresponse().read())
-        connection.close()
+        answer = json.loads(self._post("/generate", {"prompt": prompt, "max_tokens": MAX_TOKENS}))
         load.tokens.append(answer["tokens"])
         return str(answer["text"])
+
+    def scores(self, ids_L: NDArray[np.int64], load: Load) -> NDArray[np.float32]:
+        """Scores [V] of the token after the last one."""
+        scores = np.frombuffer(self._post("/scores", {"ids": ids_L.tolist()}), np.float32)
+        load.tokens.append(1)
+        return scores
+
+    def _post(self, path: str, body: dict[str, Any]) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port)
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse().read()
+        connection.close()
+        return answer
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ class Rival:
         )
         return [self._cut(row[longest:].tolist()) for row in made]
 
+    @torch.no_grad()
+    def scores(self, ids: Sequence[int]) -> bytes:
+        """Scores of the token after the last one [V], as float32."""
+        return bytes(self._model(torch.tensor([list(ids)])).logits[0, -1].numpy().tobytes())
+
     def _cut(self, ids: list[int]) -> Generated:
         before_end = ids[: ids.index(self._end)] if self._end in ids else ids
         tokens = len(before_end) + (self._end in ids)
@@ -58,13 +63,17 @@ class Rival:
 def serve(checkpoint: Path, port: int) -> None:
     """Answers POST /generate on loopback until it is stopped."""
     import uvicorn
-    from fastapi import Body, FastAPI
+    from fastapi import Body, FastAPI, Response
 
     rival, app = Rival(checkpoint), FastAPI()
 
     @app.post("/generate")
     async def generate(prompt: str = Body(), max_tokens: int = Body()) -> dict[str, Any]:
         return asdict(rival.generate([prompt], max_tokens)[0])  # one after the other: the model takes all cores
+
+    @app.post("/scores")
+    async def scores(ids: list[int] = Body(embed=True)) -> Response:  # noqa: B008
+        return Response(rival.scores(ids), media_type="application/octet-stream")
 
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 

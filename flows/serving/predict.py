@@ -24,6 +24,7 @@ from flows.serving.row_files import Part, count_filled, count_rows, join_parts, 
 from flows.serving.server_team import RETRY_S, Answer, Row, ServerTeam
 
 STATE = "predict.json"
+"""What a run works with: kept among the parts while it goes on, and beside the output with what came of it."""
 PARTS_AHEAD = 2
 """Parts being worked on at a time, so that servers need not wait for the slowest row of one."""
 ELSEWHERE = ("input", "output", "servers", "replicas", "version", "requests_per_server", "patience_s")
@@ -44,16 +45,29 @@ class Summary:
     """Parts that an earlier, interrupted run had written."""
 
 
-def predict(config: PredictConfig, text_model: str, addresses: Sequence[str]) -> Summary:
+def parts_directory(output: Path) -> Path:
+    """Where the parts of an output are kept while it is being made."""
+    return output.with_name(f"{output.name}.parts")
+
+
+def begun_version(config: PredictConfig) -> int:
+    """Version with which an interrupted run began that would go on; 0 = there is none."""
+    path = parts_directory(config.output) / STATE if config.output else None
+    return int(json.loads(path.read_text())["version"]) if path is not None and path.exists() else 0
+
+
+def predict(config: PredictConfig, text_model: str, addresses: Sequence[str], passport: str | None = None) -> Summary:
     """Writes `config.output`: each row of the input with the model's continuation of its text.
 
     Parts are written beside the output while it goes on, and the same call takes up an interrupted run from them. A row
     that cannot be answered keeps its place and says why. A server that is lost loses no row: the others get them.
+    `<output>.predict.json` says in the end which version answered, what proves it, and digests of input and output.
 
     Args:
         config: What to read, ask and write.
         text_model: Served name of the text model.
         addresses: gRPC addresses of servers that serve it.
+        passport: sha256 of the passport of the version that they serve; None = nobody here knows what they serve.
 
     Raises:
         ConfigError: There is no input, an output is there already, or an interrupted run had other settings.
@@ -67,9 +81,9 @@ def predict(config: PredictConfig, text_model: str, addresses: Sequence[str]) ->
     if first is None:
         raise ConfigError(f"predict.input={source} has no rows. Give a file with one at least.")
     total = count_rows(source)
-    parts_dir = target.with_name(f"{target.name}.parts")
+    parts_dir = parts_directory(target)
     settings = {name: value for name, value in to_plain(config).items() if name not in ELSEWHERE}
-    state = {"input_sha256": digest_file(source), "model": text_model, "settings": settings}
+    state = {"input_sha256": digest_file(source), "model": text_model, "passport": passport, "settings": settings}
     began_with = _take_up(parts_dir, state)
     version = _choose_version(addresses, text_model, began_with or config.version, config.patience_s)
     write_json_atomically(parts_dir / STATE, state | {"version": version})
@@ -86,6 +100,8 @@ def predict(config: PredictConfig, text_model: str, addresses: Sequence[str]) ->
             part.write(paths[part.number], types, columns)
     join_parts(paths, target)
     errors = count_filled(target, names[-1])
+    came_of_it = {"version": version, "rows": total, "errors": errors, "output_sha256": digest_file(target)}
+    write_json_atomically(target.with_name(f"{target.name}.{STATE}"), state | came_of_it)
     shutil.rmtree(parts_dir)
     return Summary(total, errors, version, len(done))
 
@@ -111,8 +127,9 @@ def _take_up(parts_dir: Path, state: dict[str, Any]) -> int:
     if not path.exists():
         return 0
     before = json.loads(path.read_text())
-    for name in ("input_sha256", "model"):
-        if before[name] != state[name]:
+    for name in ("input_sha256", "model", "passport"):
+        known = [one[name] for one in (before, state) if one[name] is not None]
+        if len(set(known)) > 1:
             raise ConfigError(
                 f"predict.output: {parts_dir} is left from a run with another {name.removesuffix('_sha256')}. "
                 "Remove that directory to begin again, or name another output."
@@ -123,6 +140,7 @@ def _take_up(parts_dir: Path, state: dict[str, Any]) -> int:
                 f"predict.{name}={value} was {before['settings'].get(name)} when {parts_dir} was begun. "
                 "Set it back to go on, or remove that directory to begin again."
             )
+    state["passport"] = state["passport"] and before["passport"]  # what answered the parts before, unless nobody knows
     return int(before["version"])
 
 

@@ -126,6 +126,11 @@ class Proxy:
         rows = self._statistics()
         return sum(int(row["scur"]) for row in rows if row["svname"] == name and "metrics" not in row["# pxname"])
 
+    def in_rotation(self) -> set[str]:
+        """Names of the live version's servers that get requests."""
+        rows = [row for row in self._statistics() if row["# pxname"] == backend_name(Pool.live, "http")]
+        return {row["svname"] for row in rows if row["status"] == "no check"}
+
     def answers(self, pool: Pool) -> tuple[int, int]:
         """HTTP requests that the pool answered so far, and how many of them with an error of the server's."""
         rows = [row for row in self._statistics() if row["# pxname"] == backend_name(pool, "http")]

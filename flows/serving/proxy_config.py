@@ -13,7 +13,7 @@
   reader has seen a part), requests of more than `BUFFER_BYTES`, which the proxy cannot keep, and gRPC streams, which
   may go on: their clients see UNAVAILABLE, as gRPC means it, and repeat what was not answered. Ours do.
 - **Closed.** What changes or asks one server instead of the service: loading, shared memory, tracing, logging,
-  statistics. With a file of keys, requests without one of them.
+  statistics; the header that would open it is taken off. With a file of keys, requests without one of them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows.serving.endpoint import ADMIN_HEADER, GRPC_ADMIN_HEADER
 from flows.serving.served_view import Pool
 
 BUFFER_BYTES = 262_144
@@ -160,6 +161,7 @@ def _frontend(
     beginning = f"ungrpc(7),bytes(4,{SESSION_BYTES})" if protocol == "grpc" else f"bytes(0,{SESSION_BYTES})"
     rules = [
         *guard,
+        f"http-request del-header {GRPC_ADMIN_HEADER if protocol == 'grpc' else ADMIN_HEADER}",
         "http-request set-var(txn.session) req.hdr(x-session) if { req.hdr(x-session) -m found }",
         f"http-request set-var(txn.draw) rand({DRAWS})",
         f"http-request set-var(txn.draw) req.hdr(x-session),xxh32(1),mod({DRAWS}) if {{ req.hdr(x-session) -m found }}",

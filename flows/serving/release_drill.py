@@ -1,10 +1,11 @@
-"""Release drill: two versions, live load, publish -> canary -> promote -> rollback, then servers and models are killed.
+"""Release drill: two versions, live load, publish -> canary -> promote -> rollback, then a storm of promotions.
 
 python -m flows.serving.release_drill model_repo quickstart --replicas 2
 
 Works on a copy (links) of the newest version, which becomes version 1, and again version 2; the repository is not
-touched. Clients ask for scores and text over HTTP and gRPC without a pause. Prints who answered in each phase, the
-share of the canary as measured, and how many requests failed: none may.
+touched. Clients ask for scores and text over HTTP and gRPC without a pause, also while models' processes and servers
+are killed, and stopped (SIGSTOP), as if they hung. Prints who answered in each phase, the share of the canary as
+measured, how long a hung server kept its place, and how many requests failed: none may.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import itertools
 import math
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -27,19 +27,29 @@ from flows.config import ConfigError, RunError
 from flows.config.serving import ServeConfig
 from flows.serving import promotion
 from flows.serving.client import Transport
-from flows.serving.release_load import Load
+from flows.serving.release_load import FIRST, SECOND, Load, has_answered
 from flows.serving.releases import record_published
-from flows.serving.replica import Replica
 from flows.serving.replicas import ReplicatedServer
 from flows.serving.repository import CONFIG, complete_versions, lock_repository, model_names
+from flows.serving.server_faults import faults
 
 LOOK_INTERVAL_S = 0.2
+PROBE_TIMEOUT_S = 30.0
+STORM = 40
+"""Changes of the live version, one right after the other."""
 SIGMAS = 5
 """The measured share of a canary lies within so many standard deviations of the configured one."""
-FIRST, SECOND = "1", "2"
 
 
-def run(repository: Path, model_name: str, *, replicas: int = 2, share: float = 0.2, requests: int = 20) -> None:
+def run(
+    repository: Path,
+    model_name: str,
+    *,
+    replicas: int = 2,
+    share: float = 0.2,
+    requests: int = 20,
+    probe_timeout_s: float = PROBE_TIMEOUT_S,
+) -> None:
     """Runs the drill and prints what it saw.
 
     Args:
@@ -48,6 +58,7 @@ def run(repository: Path, model_name: str, *, replicas: int = 2, share: float = 
         replicas: Servers of the live version.
         share: Of the canary.
         requests: Least answers of every way in, in each phase.
+        probe_timeout_s: Seconds after which a server that answers no inference counts as hung.
 
     Raises:
         ConfigError: No such model was published.
@@ -59,7 +70,7 @@ def run(repository: Path, model_name: str, *, replicas: int = 2, share: float = 
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "repository"
         place(repository, copy, model_name, versions[-1], 1, live=True)
-        with serving(copy, Path(scratch), replicas) as service, load_on(service, model_name) as load:
+        with serving(copy, Path(scratch), replicas, probe_timeout_s) as service, load_on(service, model_name) as load:
             release(
                 load,
                 service,
@@ -69,7 +80,8 @@ def run(repository: Path, model_name: str, *, replicas: int = 2, share: float = 
                 share,
                 requests,
             )
-            faults(load, service, requests)
+            storm(load, service, copy, model_name, requests)
+            faults(load, service, requests, probe_timeout_s)
         print(f"failed: {len(load.failures)}; streams that their clients asked again: {load.repeated}")
     if load.failures:
         raise RunError(f"{len(load.failures)} requests failed, the first: {load.failures[0]}")
@@ -90,9 +102,11 @@ def place(source: Path, repository: Path, model_name: str, version: int, number:
 
 
 @contextmanager
-def serving(repository: Path, scratch: Path, replicas: int) -> Iterator[ReplicatedServer]:
+def serving(
+    repository: Path, scratch: Path, replicas: int, probe_timeout_s: float = PROBE_TIMEOUT_S
+) -> Iterator[ReplicatedServer]:
     """Replicas on free ports, and a thread that looks after them."""
-    options = ServeConfig(http_port=0, grpc_port=0, metrics_port=0, replicas=replicas)
+    options = ServeConfig(http_port=0, grpc_port=0, metrics_port=0, replicas=replicas, probe_timeout_s=probe_timeout_s)
     (scratch / "runtime").mkdir()
     with ReplicatedServer(repository, options, scratch / "logs", scratch / "runtime") as service:
         done = threading.Event()
@@ -132,16 +146,6 @@ def release(
         told = ", ".join(f"version {version}: {count}" for version, count in sorted(load.answers(name).items()))
         print(f"{name:<32}{told}", flush=True)
 
-    def settled(name: str, version: str) -> None:
-        """Until only this version answers: as many times over every way in as there are servers to reload, twice."""
-        least = 2 * len(service.replicas)
-        for number in itertools.count():
-            attempt = f"{name}, try {number}"
-            load.enter(attempt)
-            load.wait_until(partial(_has_answered, load, attempt, least), name)
-            if set(load.answers(attempt)) == {version}:
-                return
-
     phase("version 1 live", [FIRST])
     publish()
     phase("version 2 published", [FIRST])
@@ -151,11 +155,37 @@ def release(
     phase(f"canary with share {share:g}", [FIRST, SECOND])
     check_share(load, f"canary with share {share:g}", share)
     promotion.promote(repository, model_name)
-    settled("promote", SECOND)
+    settle(load, service, "promote", SECOND)
     phase("version 2 promoted", [SECOND])
     promotion.rollback(repository, model_name)
-    settled("rollback", FIRST)
+    settle(load, service, "rollback", FIRST)
     phase("version 1 live again", [FIRST])
+
+
+def settle(load: Load, service: ReplicatedServer, name: str, version: str) -> None:
+    """Returns once only this version answers: over every way in twice as many times as there are servers to reload."""
+    least = 2 * len(service.replicas)
+    for number in itertools.count():
+        attempt = f"{name}, try {number}"
+        load.enter(attempt)
+        load.wait_until(partial(has_answered, load, attempt, least), name)
+        if set(load.answers(attempt)) == {version}:
+            return
+
+
+def storm(load: Load, service: ReplicatedServer, repository: Path, model_name: str, requests: int) -> None:
+    """Promotes version 2 and goes back to version 1 again and again, whether servers have followed or not."""
+    name, failed = f"storm of {STORM} changes", len(load.failures)
+    load.enter(name)
+    for number in range(STORM // 2):
+        promotion.promote(repository, model_name, version=int(SECOND), why=f"storm, {number}")
+        load.wait_until(partial(has_answered, load, name, 2 * number + 1), name)
+        promotion.rollback(repository, model_name, why=f"storm, {number}")
+        load.wait_until(partial(has_answered, load, name, 2 * number + 2), name)
+    load.wait_until(partial(has_answered, load, name, requests), name)
+    told = ", ".join(f"version {version}: {count}" for version, count in sorted(load.answers(name).items()))
+    settle(load, service, "after the storm", FIRST)
+    print(f"{name:<32}{told}, {len(load.failures) - failed} failed", flush=True)
 
 
 def check_share(load: Load, phase: str, share: float) -> None:
@@ -172,43 +202,6 @@ def check_share(load: Load, phase: str, share: float) -> None:
         raise RunError(f"the canary answered {measured:.3f} of {total} requests, not {share:g}.")
 
 
-def faults(load: Load, service: ReplicatedServer, requests: int) -> None:
-    """Kills a model's process, then a server, then the proxy, and prints what the clients saw of it."""
-    victims: dict[str, Callable[[Replica], None]] = {
-        "kill -9 of a model's process": lambda replica: os.kill(model_process(replica), signal.SIGKILL),
-        "kill -9 of a server": lambda replica: os.kill(server_of(replica), signal.SIGKILL),
-    }
-    for number, (name, kill) in enumerate(victims.items()):
-        replica = service.replicas[number % len(service.replicas)]
-        before, failed = replica.restarts, len(load.failures)
-        load.enter(name)
-        kill(replica)
-        load.wait_until(partial(_is_back, replica, before), f"{replica.name} did not come back after {name}")
-        load.wait_until(partial(_has_answered, load, name, requests), name)
-        print(f"{name:<32}{sum(load.answers(name).values())} answers, {len(load.failures) - failed} failed", flush=True)
-
-
-def _is_back(replica: Replica, restarts: int) -> bool:
-    return replica.restarts > restarts and replica.server is not None
-
-
-def _has_answered(load: Load, phase: str, requests: int) -> bool:
-    return load.least(phase, [FIRST, SECOND]) >= requests
-
-
-def model_process(replica: Replica) -> int:
-    """Process id of one of the models' processes of a replica."""
-    from flows.serving.deaths import model_processes
-
-    return next(iter(model_processes(server_of(replica))))
-
-
-def server_of(replica: Replica) -> int:
-    """Process id of a replica's server."""
-    assert replica.server is not None
-    return replica.server.pid
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path)
@@ -216,9 +209,10 @@ if __name__ == "__main__":
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--share", type=float, default=0.2)
     parser.add_argument("--requests", type=int, default=100, help="least answers of every way in, in each phase")
-    words = parser.parse_args()
+    parser.add_argument("--probe-timeout-s", type=float, default=PROBE_TIMEOUT_S, help="when a server counts as hung")
+    words = vars(parser.parse_args())
     try:
-        run(words.repository, words.model_name, replicas=words.replicas, share=words.share, requests=words.requests)
+        run(words.pop("repository"), words.pop("model_name"), **words)
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -21,6 +21,8 @@ KINDS = [(transport, what) for transport in TRANSPORTS for what in (SCORES, TEXT
 PROMPTS = ("def main(", "import os\n", "class A:\n    def __init__(self", "return")
 NEW_TOKENS = 8
 DEADLINE_S = 600.0
+FIRST, SECOND = "1", "2"
+"""Versions of a drill."""
 MAX_REPEATS = 5
 
 
@@ -57,6 +59,10 @@ class Load:
         self._done = True
         for thread in self._threads:
             thread.join()
+
+    def anew(self) -> Load:
+        """As many clients more."""
+        return Load(self._addresses, self._names[0])
 
     def enter(self, phase: str) -> None:
         """Counts under this name from now on."""
@@ -121,3 +127,8 @@ class Load:
                 with self._changed:
                     self.repeated += 1
         raise AssertionError
+
+
+def has_answered(load: Load, phase: str, requests: int) -> bool:
+    """Whether a phase has brought so many answers over every way in."""
+    return load.least(phase, [FIRST, SECOND]) >= requests

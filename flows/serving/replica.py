@@ -20,6 +20,7 @@ from flows.serving.proxy_config import LONGEST_ANSWER_S
 from flows.serving.repository import TEXT_SUFFIX
 from flows.serving.served_view import ServedView
 from flows.serving.server import InferenceServer
+from flows.serving.suspicion import Suspicion
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ BUSY = 503
 class Replica:
     """Keeps one server on a view of the repository, in a thread of its own: the server ends with it.
 
-    A sick server is killed at once, not stopped: the proxy repeats what it had in flight on another replica.
+    A sick server is killed at once, not stopped: the proxy repeats what it had in flight on another replica. One that
+    may hang gets no new requests until it has answered, or is killed for that it has not.
 
     Args:
         name: Its name in the proxy's configuration.
@@ -140,8 +142,8 @@ class Replica:
         with DeathWatch(server.pid, tell) as self._deaths:
             self._sickness = self._probe(server)
             if not self._sickness and not self._stopping.is_set():
-                self.server, self.failure = server, ""
                 self._proxy.switch_on(self.name, server)
+                self.server, self.failure = server, ""
                 self._settled.set()
             while not self._sickness and not self._stopping.is_set():
                 self._wake.wait(self._options.probe_interval_s)
@@ -168,7 +170,8 @@ class Replica:
         """What is wrong with a server that cannot infer; empty if it can."""
         for model in list(self._loaded):
             try:
-                _infer(server.http_address, model, self._options.probe_timeout_s)
+                with Suspicion(self._proxy, self.name, server, model, self._options.probe_interval_s):
+                    _infer(server.http_address, model, self._options.probe_timeout_s)
             except (OSError, ValueError) as error:
                 if isinstance(error, urllib.error.HTTPError) and error.code == BUSY:
                     continue

@@ -102,7 +102,7 @@ def verify_version(
     """
     started = time.monotonic()
     proven = read_proven(repository, model_name, version, store)
-    checks = _check_files(proven)
+    checks = check_files(proven)
     expected = proven.expect()
     # of the entry, not of the version: a listing that was replaced must not vouch for itself
     listings = {name: files[FILES] for name, files in staged_files(proven.parents["entry"], expected.models).items()}
@@ -127,16 +127,6 @@ def verify_version(
             checks += found
     passport, _ = state(expected, proven.parents, checks, skipped, server_version, started)
     return Verification(passport | {"version": version}, [check for check in checks if not check.passed])
-
-
-def verify_files(repository: Path, model_name: str, version: int, store: Path) -> list[Check]:
-    """The checks of a version that need no server: the way from raw data to the files on disk. Takes a second.
-
-    Raises:
-        ConfigError: There is no such version.
-        PassportError: See `verify_version`.
-    """
-    return _check_files(read_proven(repository, model_name, version, store))
 
 
 @dataclass(frozen=True)
@@ -173,7 +163,8 @@ def read_proven(repository: Path, model_name: str, version: int, store: Path) ->
     return Proven(repository, version, store, config, _find_parents(store, stated))
 
 
-def _check_files(proven: Proven) -> list[Check]:
+def check_files(proven: Proven) -> list[Check]:
+    """The checks of a version that need no server: the way from raw data to the files on disk. Takes a second."""
     name, parents = proven.config.model_name, proven.parents
     models = model_names(name)
     stated = staged_files(parents["entry"], models)

@@ -6,6 +6,7 @@ a view of it, in which the live version has the highest number, and a rollback t
 copies nothing, and the version to go back to is usually loaded already. The version under canary is the highest number
 of a second view, served by a server of its own, to which the proxy sends its share. A client that names one in its
 request gets that one as long as it is loaded: the live one, and `publish.keep_versions` - 1 that were live before.
+A view can also hold one version alone, whatever the aliases say, for who works on that one.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ class ServedView:
         repository: Model repository.
         directory: Where the links are kept; made if it is not there.
         pool: Whether versions under canary are the ones that answer.
+        only: Published name and version to serve, and nothing else; None = what the aliases say.
     """
 
-    def __init__(self, repository: Path, directory: Path, pool: Pool) -> None:
+    def __init__(
+        self, repository: Path, directory: Path, pool: Pool = Pool.live, only: tuple[str, int] | None = None
+    ) -> None:
         self.path = directory
         self._repository = repository.absolute()
         self._pool = pool
+        self._only = only
 
     def refresh(self) -> dict[str, str]:
         """Makes the links what the aliases say; the caller holds the repository's lock.
@@ -62,6 +67,8 @@ class ServedView:
         return found
 
     def _versions(self, model_name: str) -> list[int]:
+        if self._only is not None:
+            return [self._only[1]] if model_name == self._only[0] else []
         top = _answering(read_aliases(self._repository, model_name), self._pool)
         if top is None:
             return []

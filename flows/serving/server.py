@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import re
 import resource
@@ -26,7 +27,10 @@ from flows.config import ConfigError
 from flows.config.serving import TracingConfig
 from flows.launcher import stop_sessions
 from flows.serving.endpoint import ADMIN_HEADER, Endpoint
+from flows.serving.hidden_argument import hide_argument
 from flows.serving.installation import Installation, ServerError, prepare_installation
+
+logger = logging.getLogger(__name__)
 
 SHARED_MEMORY_DIR = Path("/dev/shm")
 PREFIX = "millrace-server"
@@ -40,12 +44,17 @@ STARTS = 3
 CLOSED = "model-repository,shared-memory,trace,logging"
 """Groups of endpoints that only who started the server may use: they load code, read memory and write files."""
 LAST_LINES = 12
+LOG_LINE = r"(?m)^[IWEF]\d{4} "
+"""Beginning of the server's own lines, the first of which comes after it has read its arguments."""
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
 
 
 class InferenceServer:
     """Serves the given models of a repository while the `with` block runs.
+
+    What only its starter may ask needs a key, which the server takes on its command line alone. The key is overwritten
+    there as soon as the server has read it; a local user who looks in the tenths of a second before that can see it.
 
     Args:
         repository: Model repository.
@@ -222,8 +231,14 @@ class InferenceServer:
         # The metrics come up last, after the models are ready; a server that cannot bind their port then ends.
         waiting = [f"{self.http_address}/v2/health/ready", f"{self.metrics_address}/metrics"]
         deadline = time.monotonic() + self._startup_timeout_s
+        key_is_shown = True
         while time.monotonic() < deadline:
             self.check_running()
+            has_read_it = len(waiting) == 1 or re.search(LOG_LINE, self.log_path.read_text(errors="replace"))
+            if key_is_shown and has_read_it:
+                key_is_shown = False
+                if not hide_argument(self.pid, self._admin_key):
+                    logger.warning("The key to the server's closed endpoints stays on its command line: see `ps`.")
             try:
                 with urllib.request.urlopen(f"http://{waiting[0]}", timeout=2) as response:
                     if response.status == 200:

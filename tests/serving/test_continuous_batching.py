@@ -17,6 +17,7 @@ from flows.data.tokenizer import load_tokenizer
 from flows.export.coded_cache import keep_cache_in
 from flows.export.generation import GENERATION, PAGE_TOKENS
 from flows.export.runtime import PROGRAM
+from flows.export.shipped import continuous_batching
 from flows.export.shipped.continuous_batching import Generator, Text
 from flows.export.shipped.sampling import Sampling
 from flows.export.shipped.text_programs import PagedProgram, WholeProgram
@@ -168,8 +169,9 @@ def test_a_seed_decides_whatever_else_runs(checkpoint: Checkpoint, generator: Ca
 
 @pytest.mark.parametrize("reason", ["cancelled", "deadline"])
 def test_who_is_not_waited_for_leaves_at_once(
-    checkpoint: Checkpoint, generator: Callable[..., Generator], reason: str
+    checkpoint: Checkpoint, generator: Callable[..., Generator], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(continuous_batching, "CANCELLED_LOOK_S", 0.0)
     over = {"is_cancelled": lambda: True} if reason == "cancelled" else {"deadline": time.monotonic()}
     made = generator(max_running=1)
     running, waiting = text(checkpoint, "def"), text(checkpoint, "class")
@@ -181,3 +183,19 @@ def test_who_is_not_waited_for_leaves_at_once(
     assert made.step() == [waiting, running]
     assert {running.finish_reason, waiting.finish_reason} == {reason}
     assert (made.is_idle, made.cache_used_ratio) == (True, 0)
+
+
+def test_texts_are_asked_seldom_whether_they_are_cancelled(
+    checkpoint: Checkpoint, generator: Callable[..., Generator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continuous_batching, "CANCELLED_LOOK_S", 3600.0)
+    asked = []
+
+    def is_cancelled() -> bool:
+        asked.append(time.monotonic())
+        return False
+
+    made, one = generator(), text(checkpoint, "def", max_tokens=4, is_cancelled=is_cancelled)
+    made.add(one)
+    run(made)
+    assert (len(one.new_ids), len(asked)) == (4, 1)

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from queue import SimpleQueue
 from typing import Any
 
@@ -200,7 +201,7 @@ def test_pieces_make_up_the_whole(client: Client) -> None:
     options = {"max_tokens": EXPORT.max_new_tokens, "temperature": 1.5, "seed": 3}
     whole = client.generate(TEXT, "class A", options=options)
     pieces = list(client.stream(TEXT, "class A", options=options))
-    assert len(pieces) > 5
+    assert len(pieces) > 1  # as many as leave while the next ones grow
     assert "".join(piece.text for piece in pieces) == whole.text
     assert [piece.finish_reason for piece in pieces] == [""] * (len(pieces) - 1) + [whole.finish_reason]
     counts = [piece.completion_tokens for piece in pieces]
@@ -216,14 +217,36 @@ def test_a_stop_string_never_shows_in_pieces(client: Client) -> None:
     assert "".join(pieces) == whole[: whole.index(stop)]
 
 
-def test_whoever_hangs_up_frees_the_place(server: InferenceServer, client: Client) -> None:
-    options = {"max_tokens": EXPORT.max_new_tokens, "seed": 1, "temperature": 1.0}
-    whole = client.generate(TEXT, "def", options=options).completion_tokens
-    before, texts = metrics(server)["tokens_total"], 40
+def ask_and_hang_up(server: InferenceServer, transport: Transport, texts: int, options: dict[str, float]) -> None:
+    if transport is Transport.http:
+        body = json.dumps({"text_input": "def", "stream": True, **options})
+        connections = [HTTPConnection(server.http_address) for _ in range(texts)]
+        for one in connections:
+            one.request("POST", f"/v2/models/{TEXT}/generate_stream", body)
+        for one in connections:
+            one.close()
+        return
+    import tritonclient.grpc as grpc
+
+    inputs = {"text_input": np.array([b"def"], dtype=np.object_), "max_tokens": np.array([options["max_tokens"]], "i4")}
+    tensors = [grpc.InferInput(name, [1], "BYTES" if name == "text_input" else "INT32") for name in inputs]
+    for tensor, values in zip(tensors, inputs.values(), strict=True):
+        tensor.set_data_from_numpy(values)
+    connection = grpc.InferenceServerClient(server.grpc_address)
+    connection.start_stream(lambda result, error: None)
     for _ in range(texts):
-        next(client.stream(TEXT, "def", options=options))
+        connection.async_stream_infer(TEXT, tensors)
+    connection.stop_stream(cancel_requests=True)
+
+
+def test_whoever_hangs_up_frees_the_place(server: InferenceServer, client: Client) -> None:
+    options: dict[str, float] = {"max_tokens": EXPORT.max_new_tokens}
+    whole = client.generate(TEXT, "def", options=options).completion_tokens
+    before, texts = metrics(server)["tokens_total"], 200  # many more than run at a time
+    ask_and_hang_up(server, client.transport, texts, options)
+    client.generate(TEXT, "def", options=options)  # its turn comes after all of theirs
     deadline = time.monotonic() + 60
-    while metrics(server)["cache_used_ratio"] > 0:  # the server takes a moment to see that a connection is gone
+    while metrics(server)["cache_used_ratio"] > 0:
         assert time.monotonic() < deadline
     assert metrics(server)["tokens_total"] - before < texts * whole
 

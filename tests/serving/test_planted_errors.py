@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from flows.serving.planted_errors import Planted, lines, plant_errors
-from flows.serving.reverify import read_proven
+from flows.serving.reverify import check_files, read_proven
 from tests.serving.tiny_chain import NAME, PASSPORT, Published
 
 pytestmark = pytest.mark.server
@@ -48,6 +48,5 @@ def test_a_planted_error_is_caught_by_name(planted: dict[str, Planted], error: s
 
 
 def test_the_published_version_is_left_as_it_was(planted: dict[str, Planted], published: Published) -> None:
-    from flows.serving.reverify import verify_files
-
-    assert all(check.passed for check in verify_files(published.repository, NAME, 1, published.store))
+    proven = read_proven(published.repository, NAME, 1, published.store)
+    assert all(check.passed for check in check_files(proven))

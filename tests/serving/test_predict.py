@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows.config import ConfigError, RunError
+from flows import predict as verb
+from flows.artifact import Artifact, digest_file
+from flows.config import Config, ConfigError, RunError
 from flows.config.predict import PredictConfig
+from flows.config.serving import PublishConfig
 from flows.serving import predict as predict_module
+from flows.serving import promotion
 from flows.serving.client import Client, Transport
-from flows.serving.predict import predict
+from flows.serving.predict import parts_directory, predict
+from flows.serving.releases import ReleaseError
 from flows.serving.server import InferenceServer
 from tests.serving.tiny_chain import NAME, Chain
 
@@ -59,7 +64,11 @@ def test_rows_keep_their_order_and_get_the_models_text(server: InferenceServer, 
             assert row.items() >= expected.items()
             assert (row["completion_tokens"], row["completion_error"]) == (one.completion_tokens, None)
     assert [row["id"] for row in rows] == list(range(len(PROMPTS)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"in{suffix}", f"out{suffix}"]
+    record = f"out{suffix}.predict.json"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"in{suffix}", f"out{suffix}", record]
+    said = json.loads((tmp_path / record).read_text())
+    assert (said["version"], said["rows"], said["errors"], said["passport"]) == (1, len(PROMPTS), 0, None)
+    assert said["output_sha256"] == digest_file(tmp_path / f"out{suffix}")
 
 
 def test_rows_that_cannot_be_answered_keep_their_place_and_say_why(server: InferenceServer, tmp_path: Path) -> None:
@@ -114,6 +123,12 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
     (tmp_path / "out.jsonl.parts" / "part-000001.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"predict.temperature=0.5 was 0.8 when .* was begun. Set it back"):
         predict(PredictConfig(output=config.output, **{**settings, "temperature": 0.5}), TEXT, [server.grpc_address])
+    state_path = parts_directory(tmp_path / "out.jsonl") / predict_module.STATE
+    state = json.loads(state_path.read_text())
+    state_path.write_text(json.dumps(state | {"passport": "one"}))
+    with pytest.raises(ConfigError, match="left from a run with another passport"):
+        predict(config, TEXT, [server.grpc_address], "another")
+    state_path.write_text(json.dumps(state))
     write_rows(tmp_path / "other.jsonl", [{"text": "b"}])
     with pytest.raises(ConfigError, match="left from a run with another input"):
         predict(
@@ -156,6 +171,39 @@ def test_a_server_that_is_killed_loses_no_row(
     other = PredictConfig(input=source, output=tmp_path / "again.jsonl", patience_s=1, **SHORT)
     with pytest.raises(RunError, match=r"has not answered for predict.patience_s=1\. Start it"):
         predict(other, TEXT, [second_server.grpc_address])
+
+
+def test_the_live_version_answers_whatever_was_published_after_it(
+    publish_to: Callable[[Path, Chain, Artifact], Artifact],
+    chain: Chain,
+    passport: Artifact,
+    other_chain: Chain,
+    other_passport: Artifact,
+    tmp_path: Path,
+) -> None:
+    repository = tmp_path / "repo"
+    publish_to(repository, chain, passport)
+    publish_to(repository, other_chain, other_passport)
+    promotion.rollback(repository, NAME)
+    source = write_rows(tmp_path / "in.jsonl", [{"text": text} for text in PROMPTS[:2]])
+
+    def answering(output: str, **settings: Any) -> tuple[int, str]:
+        asked = PredictConfig(input=source, output=tmp_path / output, **{**SHORT, **settings})
+        published = PublishConfig(model_name=NAME, model_repo=repository)
+        verb.predict(Config(artifacts_dir=tmp_path / "artifacts", publish=published, predict=asked))
+        said = json.loads((tmp_path / f"{output}.predict.json").read_text())
+        assert said["errors"] == 0
+        return said["version"], said["passport"]
+
+    passports = {number: digest_file(repository / NAME / str(number) / "passport.json") for number in (1, 2)}
+    assert answering("live.jsonl") == (1, passports[1])
+    parts = parts_directory(tmp_path / "begun.jsonl")
+    parts.mkdir()
+    began = json.loads((tmp_path / "live.jsonl.predict.json").read_text()) | {"version": 2, "passport": passports[2]}
+    (parts / predict_module.STATE).write_text(json.dumps(began))
+    assert answering("begun.jsonl") == (2, passports[2])
+    with pytest.raises(ReleaseError, match=r"tiny has no version 7 in .*; there are \[1, 2\]"):
+        answering("none.jsonl", version=7)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pytest
 
 from flows.launcher import free_port
 from flows.serving import proxy as proxy_module
+from flows.serving.endpoint import ADMIN_HEADER
 from flows.serving.installation import ServerError
 from flows.serving.proxy import Proxy, check_proxy_available
 from flows.serving.proxy_config import CANDIDATE, ProxySettings
@@ -52,7 +53,7 @@ def upstream(name: str, dies: threading.Event | None = None) -> Iterator[Upstrea
             if dies is not None and dies.is_set():
                 self.close_connection = True  # it took the request and goes without an answer
                 return
-            body = json.dumps({"name": name}).encode()
+            body = json.dumps({"name": "opened" if ADMIN_HEADER in self.headers else name}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -124,6 +125,9 @@ def test_the_candidate_gets_its_share(proxy: Proxy) -> None:
     assert share(20) == 1
     proxy.switch_off(CANDIDATE)
     assert share(20) == 0, "without a candidate the live servers answer"
+    assert proxy.in_rotation() == set(NAMES)
+    proxy.switch_off(NAMES[0])
+    assert proxy.in_rotation() == {*NAMES[1:]}
 
 
 @needs_haproxy
@@ -144,6 +148,7 @@ def test_what_would_reach_one_server_is_refused(proxy: Proxy) -> None:
     for path in ("/v2/repository/models/m/load", "/v2/systemsharedmemory/status", "/v2/trace/setting", "/v2/logging"):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             post(proxy, path, {})
+    assert post(proxy, INFER, {}, {ADMIN_HEADER: "a guess"}) in NAMES, "the header that opens it is taken off"
 
 
 @needs_haproxy

@@ -87,6 +87,13 @@ def test_the_servers_own_ports_keep_management_closed(server: InferenceServer) -
     assert server.ready_versions(NAME) == [1]
 
 
+def test_the_key_that_opens_management_is_not_on_the_command_line(server: InferenceServer) -> None:
+    words = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
+    (shown,) = [word.rpartition("=")[2] for word in words if word.startswith("--http-restricted-api=")]
+    assert set(shown) == {"*"}
+    assert not any(server.endpoint.admin_key in word for word in words)
+
+
 def test_long_compressed_and_broken_bodies_are_refused(address: str, server: InferenceServer) -> None:
     for path in (f"/v2/models/{NAME}_text/generate", "/v1/completions"):
         long = json.dumps({"text_input": "x" * LIMIT}).encode()

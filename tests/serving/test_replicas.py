@@ -11,8 +11,10 @@ from flows.artifact import Artifact
 from flows.config.serving import PublishConfig
 from flows.serving import promotion, publish
 from flows.serving.canary import WHO
-from flows.serving.release_drill import FIRST, faults, load_on, release, serving
+from flows.serving.release_drill import PROBE_TIMEOUT_S, load_on, release, serving, storm
+from flows.serving.release_load import FIRST
 from flows.serving.releases import read_aliases, read_history
+from flows.serving.server_faults import faults
 from tests.serving.test_proxy import needs_haproxy
 from tests.serving.tiny_chain import NAME, Chain
 
@@ -40,7 +42,8 @@ def test_no_request_fails_whatever_happens_to_versions_and_servers(
 
     with serving(repository, tmp_path, replicas=2) as service, load_on(service, NAME) as load:
         release(load, service, publish_candidate, repository, NAME, share=0.3, requests=REQUESTS)
-        faults(load, service, REQUESTS)
+        storm(load, service, repository, NAME, REQUESTS)
+        faults(load, service, REQUESTS, PROBE_TIMEOUT_S)
 
         # a version that is damaged after it was chosen never answers, and is taken back with the reason
         load.enter("damaged candidate")

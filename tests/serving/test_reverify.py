@@ -16,7 +16,7 @@ from flows.config import ConfigError
 from flows.serving.endpoint import Endpoint
 from flows.serving.installation import ServerError
 from flows.serving.proof import PassportError, _check_loaded
-from flows.serving.reverify import read_proven, verify_files, verify_version, version_place
+from flows.serving.reverify import check_files, read_proven, verify_version, version_place
 from flows.serving.server import InferenceServer
 from tests.serving.tiny_chain import NAME, Published
 
@@ -102,7 +102,8 @@ def test_what_was_changed_after_publishing_is_named(
     repository = published.copy(tmp_path / "repo")
     artifacts = Path(shutil.copytree(published.artifacts, tmp_path / "artifacts", copy_function=os.link))
     change(repository, artifacts)
-    failed = [one for one in verify_files(repository, NAME, 1, artifacts / "store") if not one.passed]
+    proven = read_proven(repository, NAME, 1, artifacts / "store")
+    failed = [one for one in check_files(proven) if not one.passed]
     assert {one.name for one in failed} == {check}
     assert told in failed[0].details["failure"]
 

@@ -17,6 +17,10 @@ import numpy as np
 from .sampling import Sampling, choose_token, cut_at_stop, log_probability, settled
 from .text_programs import Program
 
+CANCELLED_LOOK_S = 0.05
+"""How often texts are asked whether they are cancelled: each one asks the server, which takes as long as half a step
+of a small model."""
+
 
 @dataclass(eq=False)
 class Text:
@@ -73,6 +77,7 @@ class Generator:
         self._max_running, self._prefill_tokens = max_running, prefill_tokens
         self._waiting: deque[Text] = deque()
         self._running: list[Text] = []
+        self._next_look = 0.0
 
     @property
     def is_idle(self) -> bool:
@@ -115,9 +120,12 @@ class Generator:
     def _drop(self) -> list[Text]:
         """Texts that nobody waits for any more."""
         now = time.monotonic()
+        looks = now >= self._next_look
+        if looks:
+            self._next_look = now + CANCELLED_LOOK_S
         dropped = []
         for text in (*self._waiting, *self._running):
-            if text.is_cancelled():
+            if looks and text.is_cancelled():
                 text.finish_reason = "cancelled"
             elif text.deadline is not None and now > text.deadline:
                 text.finish_reason = "deadline"

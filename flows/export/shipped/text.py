@@ -12,6 +12,7 @@ import platform
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ OUTCOMES = ("stop", "length", "cancelled", "deadline", "refused", "queue_full", 
 """How a request can end; the first two are answers."""
 BUCKETS_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0]
 """Upper ends, in seconds, of what the metrics tell waiting times apart by."""
+METRICS_S = 0.2
+"""How often the metrics tell of steps: each number is a message to the server, which is waited for."""
 
 
 class RefusedError(ValueError):
@@ -42,7 +45,9 @@ class Answer:
 
     sender: Any
     streams: bool
-    """One response for each piece of the text, instead of one for all of it."""
+    """A response for each piece of the text, instead of one for all of it."""
+    last: Future[None] | None = None
+    """The piece that went out last, or is about to."""
     sent_characters: int = 0
     sent_tokens: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
@@ -51,7 +56,11 @@ class Answer:
 
 
 class TritonPythonModel:
-    """One instance of the text model: requests come in by one thread, texts grow in another."""
+    """One instance of the text model: requests come in by one thread, texts grow in another, answers leave by a third.
+
+    A response takes the server, and who reads it, longer than a small model takes for its token. So texts do not wait
+    for their pieces to leave: what has grown meanwhile leaves as one piece.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         """Checks the version's files, loads program and tokenizer and starts to generate."""
@@ -79,6 +88,7 @@ class TritonPythonModel:
         self.answers: dict[Text, Answer] = {}
         self.stopping = False
         self.wake = threading.Condition()
+        self.leaving = ThreadPoolExecutor(1)
         self.worker = threading.Thread(target=self.work, daemon=True)
         self.worker.start()
 
@@ -113,6 +123,7 @@ class TritonPythonModel:
             self.stopping = True
             self.wake.notify()
         self.worker.join()
+        self.leaving.shutdown()
 
     def work(self) -> None:
         """Generates while there is anything to generate."""
@@ -140,23 +151,25 @@ class TritonPythonModel:
                 pb_utils.Logger.log_error(f"text generation: {error!r}")
                 self.generator.stop()
                 for answer in self.answers.values():
-                    fail(answer.sender, f"generation failed: {error}.", pb_utils.TritonError.INTERNAL)
+                    message = f"generation failed: {error}."
+                    self.leaving.submit(fail, answer.sender, message, pb_utils.TritonError.INTERNAL)
                     self.metrics.end("failed")
                 self.answers.clear()
             if stopping:
                 return
 
     def send(self, text: Text, answer: Answer) -> None:
-        """Sends what is new, if somebody waits for it."""
+        """Sends what is new, if somebody waits for it and the piece before has left."""
         if text.finish_reason == "cancelled":
-            fail(answer.sender, "the request was cancelled", pb_utils.TritonError.CANCELLED)
+            self.leaving.submit(fail, answer.sender, "the request was cancelled", pb_utils.TritonError.CANCELLED)
             return
         if text.finish_reason == "deadline":
             message = f"timeout_ms has passed after {len(text.new_ids)} of {text.max_tokens} tokens"
-            fail(answer.sender, message, pb_utils.TritonError.UNAVAILABLE)
+            self.leaving.submit(fail, answer.sender, message, pb_utils.TritonError.UNAVAILABLE)
             return
         piece = text.text[answer.sent_characters :]
-        if not text.finish_reason and not (answer.streams and piece):
+        has_left = answer.last is None or answer.last.done()
+        if not text.finish_reason and not (answer.streams and piece and has_left):
             return
         outputs = {
             "text_output": np.array([piece.encode()], dtype=np.object_),
@@ -168,8 +181,7 @@ class TritonPythonModel:
             outputs["token_ids"] = np.array(text.new_ids[answer.sent_tokens :], dtype=np.int64)
             outputs["log_probabilities"] = np.array(text.log_probabilities[answer.sent_tokens :], dtype=np.float32)
         answer.sent_characters, answer.sent_tokens = len(text.text), len(text.new_ids)
-        response = pb_utils.InferenceResponse([pb_utils.Tensor(name, values) for name, values in outputs.items()])
-        answer.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if text.finish_reason else 0)
+        answer.last = self.leaving.submit(deliver, answer.sender, outputs, bool(text.finish_reason))
 
     def decode(self, ids: list[int]) -> str:
         """Text of new tokens."""
@@ -262,6 +274,8 @@ class Metrics:
         ends = family("texts_total", "Requests for text, by how they ended", counter)
         self.outcomes = {outcome: ends.Metric(labels={**labels, "outcome": outcome}) for outcome in OUTCOMES}
         self.families |= waits | {"texts_total": ends}
+        self.tokens = self.steps = 0
+        self.next_update = 0.0
 
     def time(self, text: Text, answer: Answer) -> None:
         """Notes how long a text took, to its first token and to its end."""
@@ -278,12 +292,27 @@ class Metrics:
         self.outcomes[outcome].increment(1)
 
     def update(self, generator: Generator, tokens: int) -> None:
-        """Notes a step."""
-        self.metrics["tokens_total"].increment(tokens)
-        self.metrics["steps_total"].increment(1)
+        """Notes a step, and tells of it when it is time to, or nothing runs any more."""
+        self.tokens, self.steps, now = self.tokens + tokens, self.steps + 1, time.monotonic()
+        if now < self.next_update and not generator.is_idle:
+            return
+        self.next_update = now + METRICS_S
+        self.metrics["tokens_total"].increment(self.tokens)
+        self.metrics["steps_total"].increment(self.steps)
+        self.tokens = self.steps = 0
         self.metrics["texts_running"].set(generator.running)
         self.metrics["texts_waiting"].set(generator.waiting)
         self.metrics["cache_used_ratio"].set(generator.cache_used_ratio)
+
+
+def deliver(sender: Any, outputs: dict[str, Any], is_last: bool) -> None:
+    """Sends a response."""
+    try:
+        response = pb_utils.InferenceResponse([pb_utils.Tensor(name, values) for name, values in outputs.items()])
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0)
+    except Exception as error:  # whatever it is, nobody may wait for an answer for ever
+        pb_utils.Logger.log_error(f"text response: {error!r}")
+        fail(sender, f"the response cannot be sent: {error}.", pb_utils.TritonError.INTERNAL)
 
 
 def fail(sender: Any, message: str, code: Any) -> None:
