@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flows.artifact import digest_file, digest_json, flush_directory
+from flows.artifact import digest_file, digest_json, flush_to_disk
 from flows.config import RunError
 from flows.serving.entry import version_digests
 from flows.serving.repository import PASSPORT, VERSION_CONFIG, complete_versions, model_names
@@ -142,7 +142,7 @@ def record(
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-    flush_directory(path.parent)
+    flush_to_disk(path.parent)
 
 
 def files_on_disk(repository: Path, model_name: str, version: int) -> dict[str, dict[str, str]]:
