@@ -46,7 +46,11 @@ class Aliases:
 
 
 def read_history(repository: Path, model_name: str) -> list[dict[str, Any]]:
-    """All changes, oldest first; none for a model that was published without a history."""
+    """All changes, oldest first; none for a model that was published without a history.
+
+    Raises:
+        ReleaseError: A line of the history is not JSON.
+    """
     try:
         lines = (repository / model_name / HISTORY).read_text().splitlines()
         return [json.loads(line) for line in lines]

@@ -107,7 +107,13 @@ class PieceReader:
         return None if file.get_slice(entry).get_shape() else file.get_tensor(entry)
 
     def read_into(self, target: Tensor, name: str, key: str, start: int) -> None:
-        """Fills `target` [numel] with the elements from `start` on.
+        """Fills `target` with elements that were saved.
+
+        Args:
+            target: [numel].
+            name: Of the parameter.
+            key: Of its state, such as a moment.
+            start: First element, of the flattened parameter.
 
         Raises:
             UnfitCheckpointError: An element is in none of the files.

@@ -87,6 +87,7 @@ def test_tensors_that_are_not_what_they_say_are_refused(shape: Any, data: Any, d
         (binary(bytes(16), size=8), "does not fit its shape"),
         (binary(bytes(20)), "4 bytes follow the last tensor"),
         (binary(struct.pack("<I", 99), size=4, shape=[1], datatype="BYTES"), "do not fit its shape"),
+        (binary(struct.pack("<2I", 0, 0), size=8, shape=[3], datatype="BYTES"), "do not fit its shape"),
         (binary(b"\0\0", size=2, shape=[1], datatype="BYTES"), "a text is cut off"),
         ((binary(bytes(16))[0], "99999"), "is 99999 of"),
         ((binary(bytes(16))[0], "-1"), "is not a number"),
@@ -100,6 +101,9 @@ def test_raw_tensors_that_lie_about_their_size_are_refused(request_: tuple[bytes
 
 def test_shared_memory_and_unknown_keys_are_refused() -> None:
     body = infer_body([1], [1], [1, 1])
+    body["inputs"][0]["parameters"] = {"binary_data_size": 0}
+    with pytest.raises(RefusedError, match="has both data and binary_data_size"):
+        guard_infer(json.dumps(body).encode(), None)
     body["inputs"][0]["parameters"] = {"shared_memory_region": "x"}
     with pytest.raises(RefusedError, match="shared memory is closed here"):
         guard_infer(json.dumps(body).encode(), None)
