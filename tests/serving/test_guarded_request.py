@@ -109,6 +109,8 @@ def test_shared_memory_and_unknown_keys_are_refused() -> None:
         guard_infer(json.dumps(body).encode(), None)
     with pytest.raises(RefusedError, match="are not its keys"):
         guard_infer(b'{"inputs": [], "model_name": "x"}', None)
+    with pytest.raises(RefusedError, match="text_input has 1048577 values; 1048576 may be"):
+        guard_generate(json.dumps({"text_input": [1] * (2**20 + 1)}).encode())
     for value in ({"a": 1}, [[1]], None, 2**63, 1e999):
         with pytest.raises(RefusedError):
             guard_generate(json.dumps({"text_input": value}).encode())
