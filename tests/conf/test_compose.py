@@ -172,7 +172,7 @@ def test_help_is_worth_reading() -> None:
         assert f"  {reference.name} (" in done.stdout
         assert reference.doc, f"{reference.name} has no meaning"
     assert "mixture (dict[str, MixedCorpus]) = {}" in done.stdout
-    assert "`hostfile`: This process, over ssh" in done.stdout  # a choice's meaning stands beside it in the schema
+    assert "`local`: This process, on this machine;" in done.stdout  # a choice's meaning stands beside it in the schema
     assert "distill.train.max_steps (int) = 300  as train.max_steps\n" in done.stdout  # said once
 
 
