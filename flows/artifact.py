@@ -1,4 +1,4 @@
-"""Content-addressed stage outputs: what made them, whether they are whole, and why they were made again.
+"""Content-addressed stage outputs: what made them, and whether they are whole.
 
 An artifact is a directory. It is written aside, `manifest.json` last, and renamed into place, so that it is either
 absent or complete. Its key is a hash of everything that decides its content: the configuration section, the digests of
@@ -140,9 +140,9 @@ def write_json_atomically(path: Path, value: Any) -> None:
     aside.replace(path)
 
 
-def flush_directory(directory: Path) -> None:
-    """Has the names of a directory's files on disk when it returns, after a rename for instance."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def flush_to_disk(path: Path) -> None:
+    """Has a file's bytes, or the names of a directory's files, on disk when it returns."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -354,37 +354,6 @@ def load_artifact(directory: Path) -> Artifact:
         metrics=manifest["metrics"],
         seconds=manifest["seconds"],
     )
-
-
-def explain_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Says which ingredients of a stage differ from those of an earlier run; empty if none does.
-
-    Args:
-        before: `Stage.ingredients` then.
-        after: `Stage.ingredients` now.
-    """
-    return "; ".join(_describe(path, old, new) for path, old, new in _differences("", before, after))
-
-
-def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(f"{path}/{key}", old.get(key), new.get(key))
-    elif old != new:
-        yield path, old, new
-
-
-def _describe(path: str, old: Any, new: Any) -> str:
-    _, kind, *names = path.split("/")
-    match kind:
-        case "config":
-            return f"{'.'.join(names)} changed from {old} to {new}"
-        case "parents":
-            return f"its input {names[0]} changed"
-        case "code":
-            return f"code changed in {names[0]}"
-        case _:
-            return "files it reads from outside changed"
 
 
 @cache

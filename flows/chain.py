@@ -1,12 +1,13 @@
 """The chain: which stages there are, in which order, and what each one is made from.
 
 It only describes: whoever calls it decides how a stage runs (as a Prefect task in `flows.train`, bare in the
-orchestration benchmark) or does not run at all (`flows.explain`).
+orchestration benchmark) or does not run at all (`look_along`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from flows.artifact import Artifact, Stage
@@ -17,6 +18,10 @@ from flows.config.steps import BASE, StepKind
 from flows.config.students import reads_teacher_text, teacher_caches, teacher_texts
 
 RunStage = Callable[[Stage], Artifact]
+
+
+class _EnoughError(Exception):
+    """Whoever looks along the chain has seen enough."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,24 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
     everything |= {"entry": entry, "passport": passport, "publish": published}
     report = run(Stage("report", "flows.report.stage", config, everything))
     return ChainResult(gates, report, passport, published)
+
+
+def look_along(config: Config, look: Callable[[Stage], Artifact | None]) -> None:
+    """Goes along the chain for what earlier runs have left, in the order in which the stages would run; runs nothing.
+
+    Args:
+        config: The run.
+        look: The artifact of a stage; None ends the walk, as what follows cannot be told or is not asked for.
+    """
+
+    def run(stage: Stage) -> Artifact:
+        found = look(stage)
+        if found is None:
+            raise _EnoughError
+        return found
+
+    with suppress(_EnoughError):
+        run_chain(config, run)
 
 
 def _left_by_teacher(

@@ -8,17 +8,11 @@ different from the last run under this name: a setting, an input, the code, file
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from flows.artifact import Artifact, ArtifactStore, Stage
-from flows.chain import run_chain
+from flows.chain import look_along
 from flows.compose import run_cli
 from flows.config import Config
 from flows.run_record import RunRecord
-
-
-class _UnknownYetError(Exception):
-    """What follows depends on a stage that has not run."""
 
 
 def explain(config: Config) -> None:
@@ -26,7 +20,7 @@ def explain(config: Config) -> None:
     store = ArtifactStore(config.artifacts_dir / "store")
     record = RunRecord.load(config)
 
-    def look(stage: Stage) -> Artifact:
+    def look(stage: Stage) -> Artifact | None:
         found, reason = store.find(stage)
         if found is None:
             waiting = [role for role, parent in stage.parents.items() if not parent.digest]
@@ -34,13 +28,12 @@ def explain(config: Config) -> None:
             print(f"{stage.name:<22} run   {why}")
             if stage.name == "gates":
                 print("entry, passport, publish, report follow from what the gates choose")
-                raise _UnknownYetError
+                return None
             return Artifact(stage=stage.name, key="", digest="", path=store.root)
         print(f"{stage.name:<22} skip  {reason}")
         return found
 
-    with suppress(_UnknownYetError):
-        run_chain(config, look)
+    look_along(config, look)
 
 
 if __name__ == "__main__":

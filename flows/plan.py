@@ -11,10 +11,8 @@ compares its plan with what was measured.
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from flows.artifact import Artifact, ArtifactStore, Stage, read_manifest
-from flows.chain import run_chain
+from flows.chain import look_along
 from flows.compose import run_cli
 from flows.config import Config
 from flows.config.students import teacher_caches, teacher_texts
@@ -22,10 +20,6 @@ from flows.training.hardware import find_hardware
 from flows.training.lesson_plan import plan_cache, plan_text
 from flows.training.plan import make_plan, render_plan
 from flows.training.record_layout import RecordLayout
-
-
-class _EnoughError(Exception):
-    """Nothing more about the data can be found out without working."""
 
 
 def plan(config: Config) -> None:
@@ -53,18 +47,17 @@ def _data(config: Config) -> tuple[int, int | None]:
     store = ArtifactStore(config.artifacts_dir / "store")
     found: dict[str, Artifact] = {}
 
-    def look(stage: Stage) -> Artifact:
+    def look(stage: Stage) -> Artifact | None:
         if "tokens" in found:
-            raise _EnoughError
+            return None
         try:
             manifest = read_manifest(store.root / store.key(stage))  # a plan may trust it without hashing all bytes
         except FileNotFoundError:
-            raise _EnoughError from None
+            return None
         found[stage.name] = Artifact(stage.name, manifest["key"], manifest["digest"], store.root, manifest["metrics"])
         return found[stage.name]
 
-    with suppress(_EnoughError):
-        run_chain(config, look)
+    look_along(config, look)
     if "tokens" not in found:
         return config.data.tokenizer.vocab_size, None
     return found["tokenizer"].metrics["vocab_size"], found["tokens"].metrics["splits"]["train"]["tokens"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.artifact import CARRIES_ON, Stage, explain_change, write_json_atomically
+from flows.artifact import CARRIES_ON, Stage, write_json_atomically
 from flows.config import Config
 
 
@@ -59,3 +60,34 @@ def run_dir(config: Config) -> Path:
 def report_path(config: Config) -> Path:
     """The page that a person looks at after the run."""
     return run_dir(config) / "report.html"
+
+
+def explain_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Says which ingredients of a stage differ from those of an earlier run; empty if none does.
+
+    Args:
+        before: `Stage.ingredients` then.
+        after: `Stage.ingredients` now.
+    """
+    return "; ".join(_describe(path, old, new) for path, old, new in _differences("", before, after))
+
+
+def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(f"{path}/{key}", old.get(key), new.get(key))
+    elif old != new:
+        yield path, old, new
+
+
+def _describe(path: str, old: Any, new: Any) -> str:
+    _, kind, *names = path.split("/")
+    match kind:
+        case "config":
+            return f"{'.'.join(names)} changed from {old} to {new}"
+        case "parents":
+            return f"its input {names[0]} changed"
+        case "code":
+            return f"code changed in {names[0]}"
+        case _:
+            return "files it reads from outside changed"

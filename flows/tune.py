@@ -15,17 +15,13 @@ import logging
 import sys
 
 from flows.artifact import Artifact, ArtifactStore, Stage
-from flows.chain import run_chain
+from flows.chain import look_along
 from flows.compose import run_cli
 from flows.config import Config, ConfigError
 from flows.report.tuning_plot import draw_trials
 from flows.serving.installation import check_server_available
 from flows.serving.tuning import Tuned, describe
 from flows.serving.tuning import tune as tune_entry
-
-
-class _FoundError(Exception):
-    """The stage that makes the entry has been reached."""
 
 
 def tune(config: Config) -> None:
@@ -52,10 +48,10 @@ def _made_before(config: Config) -> tuple[dict[str, Artifact], Artifact]:
     made: dict[str, Artifact] = {}
     parents: dict[str, Artifact] = {}
 
-    def look(stage: Stage) -> Artifact:
+    def look(stage: Stage) -> Artifact | None:
         if stage.name == "entry":
             parents.update(stage.parents)
-            raise _FoundError
+            return None
         found, reason = store.find(stage)
         if found is None:
             raise ConfigError(
@@ -64,11 +60,12 @@ def _made_before(config: Config) -> tuple[dict[str, Artifact], Artifact]:
         made[stage.name] = found
         return found
 
-    try:
-        run_chain(config, look)
-    except _FoundError:
-        return parents, made["tokens"]
-    raise ConfigError(f"name={config.name} chose no candidate: {made['gates'].metrics['choice']}. Nothing is served.")
+    look_along(config, look)
+    if not parents:
+        raise ConfigError(
+            f"name={config.name} chose no candidate: {made['gates'].metrics['choice']}. Nothing is served."
+        )
+    return parents, made["tokens"]
 
 
 def _as_yaml(tuned: Tuned, config: Config) -> str:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch_constants import constants
+from kernels.whole_rows import whole_rows
 
 _IGNORED = tl.constexpr(-100)
 _LOWEST = tl.constexpr(-3.4e38)
@@ -125,7 +126,7 @@ def cross_entropy_fwd(
         label_smoothing: Share of the label's probability that goes to all tokens alike.
     """
     num_rows = logits.shape[0]
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = whole_rows(logits)
     losses, lse = (torch.empty(num_rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     if num_rows:
         block, warps = _launch(vocab_size, logits)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.document_attention import empty_beside
 from kernels.launch_constants import constants
+from kernels.whole_rows import whole_rows
 
 
 class _Launch(NamedTuple):
@@ -321,7 +322,7 @@ def document_attention_fwd(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tu
         first: Position of the first token of each token's document, int32 [B, L].
     """
     batch, heads, length, width = q.shape
-    q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
+    q, k, v = whole_rows(q), whole_rows(k), whole_rows(v)
     y = empty_beside(q)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
     if q.numel():
@@ -349,7 +350,7 @@ def document_attention_bwd(
         end: Position behind its last token, int32 [B, L].
     """
     batch, heads, length, width = q.shape
-    q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
+    q, k, v = whole_rows(q), whole_rows(k), whole_rows(v)
     dy, y = (x.transpose(1, 2).contiguous() for x in (dy, y))  # tokens before heads, as they are where models call
     dq, dk, dv = empty_beside(q), empty_beside(k), empty_beside(v)
     if q.numel():
@@ -366,10 +367,6 @@ def document_attention_bwd(
             dy, q, k, v, lse, delta, end, dk, dv, *strides, *scales, **_options(q, k, launch)
         )
     return dq, dk, dv
-
-
-def _rows_together(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _score_scale(width: int) -> float:

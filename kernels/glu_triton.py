@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch_constants import constants
+from kernels.whole_rows import whole_rows
 
 
 class Tile(NamedTuple):
@@ -87,7 +88,7 @@ def glu_fwd(gate: Tensor, up: Tensor, kind: str) -> Tensor:
         up: What is gated [N, F].
         kind: `silu`, `gelu` or `gelu_tanh`.
     """
-    gate, up = _with_whole_rows(gate), _with_whole_rows(up)
+    gate, up = whole_rows(gate), whole_rows(up)
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel():
         tile = constants(FORWARD, gate.device)
@@ -108,7 +109,7 @@ def glu_bwd(dy: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Te
         up: As in the forward pass [N, F].
         kind: `silu`, `gelu` or `gelu_tanh`.
     """
-    dy, gate, up = _with_whole_rows(dy), _with_whole_rows(gate), _with_whole_rows(up)
+    dy, gate, up = whole_rows(dy), whole_rows(gate), whole_rows(up)
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
     if dgate.numel():
@@ -119,10 +120,6 @@ def glu_bwd(dy: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Te
             KIND=kind, ROWS=rows, COLUMNS=columns, num_warps=tile.warps,
         )  # fmt: skip
     return dgate, dup
-
-
-def _with_whole_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _shape(x: Tensor, elements: int) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch_constants import constants, processors
+from kernels.whole_rows import whole_rows
 
 
 class Backward(NamedTuple):
@@ -116,13 +117,13 @@ def norm_fwd(
         centered: The mean is subtracted (layer norm); else the means returned are empty.
     """
     num_rows, num_columns = x.shape
-    x = _with_whole_rows(x)
+    x = whole_rows(x)
     y = torch.empty((num_rows, num_columns), dtype=x.dtype, device=x.device)
     total = torch.empty_like(y) if residual is not None else y.new_empty(0)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if centered else rstd.new_empty(0)
     if num_rows:
-        residual = None if residual is None else _with_whole_rows(residual)
+        residual = None if residual is None else whole_rows(residual)
         rows, block, warps = _tile(num_columns)
         _forward[(triton.cdiv(num_rows, rows),)](
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), y,
@@ -148,8 +149,8 @@ def norm_bwd(
         biased: There was a bias; else its gradient is empty.
     """
     num_rows, num_columns = x.shape
-    dy, x = _with_whole_rows(dy), _with_whole_rows(x)
-    dtotal = None if dtotal is None else _with_whole_rows(dtotal)
+    dy, x = whole_rows(dy), whole_rows(x)
+    dtotal = None if dtotal is None else whole_rows(dtotal)
     rows, block, warps = _tile(num_columns)
     launch = constants(BACKWARD, x.device)
     num_programs = min(triton.cdiv(num_rows, rows), max(1, launch.programs * 8 // warps) * processors(x.device))
@@ -165,10 +166,6 @@ def norm_bwd(
         )  # fmt: skip
     dbias = dbias.sum(0) if biased else dbias
     return dx, dweight.sum(0).to(weight.dtype), dbias.to(weight.dtype)
-
-
-def _with_whole_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _tile(num_columns: int) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch_constants import constants
+from kernels.whole_rows import whole_rows
 
 
 class _Launch(NamedTuple):
@@ -126,8 +127,8 @@ def paged_decode_attention_fwd(
     """
     sequences, heads, width = q.shape
     _, page, key_heads, _ = k_pages.shape
-    q, k_pages, v_pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_pages, v_pages))
-    page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
+    q, k_pages, v_pages = whole_rows(q), whole_rows(k_pages), whole_rows(v_pages)
+    page_table = whole_rows(page_table)
     lengths = lengths.contiguous()
     launch = constants(_CONSTANTS, q.device)
     num_parts = max(1, triton.cdiv(page_table.shape[1] * page, launch.part))

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference import LARGEST_CODE, SMALLEST_MAGNITUDE
+from kernels.whole_rows import whole_rows
 
 _NUMBERS = 4096
 """What a program holds at least: 32 for each of 128 threads."""
@@ -73,7 +74,7 @@ def quantize(x: Tensor, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Te
         dtype: int8 or E4M3.
     """
     num_rows, num_columns = x.shape
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = whole_rows(x)
     codes = torch.empty((num_rows, num_columns), dtype=dtype, device=x.device)
     scales = torch.empty((num_rows, num_columns // group_size), dtype=torch.float32, device=x.device)
     if scales.numel():
@@ -95,7 +96,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: float32, float16 or bfloat16.
     """
     num_rows, num_columns = codes.shape
-    codes = codes if codes.stride(1) == 1 else codes.contiguous()
+    codes = whole_rows(codes)
     y = torch.empty((num_rows, num_columns), dtype=dtype, device=codes.device)
     if scales.numel():
         group_size = num_columns // scales.shape[1]

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch_constants import constants
+from kernels.whole_rows import whole_rows
 
 
 class _Launch(NamedTuple):
@@ -164,7 +165,7 @@ def sample_tokens_fwd(
 ) -> Tensor:
     """A token for each request, int64 [S]; arguments as in `kernels.sample_tokens`."""
     requests, vocabulary = logits.shape
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = whole_rows(logits)
     tokens = torch.empty(requests, dtype=torch.int64, device=logits.device)
     if requests:
         launch = constants(_CONSTANTS, logits.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.code_products_triton import Tile, add_splits, choose_splits, choose_tile, finished
 from kernels.int4_layout import BLOCK_COLUMNS, SYMMETRIC_ZERO
 from kernels.launch_constants import constants
+from kernels.whole_rows import whole_rows
 
 _FEW, _SOME = Tile(16, 128, 128, 4, 4), Tile(64, 128, 128, 8, 3)
 _TILES = {
@@ -128,7 +129,7 @@ def w4a16_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None
         zeros: Code that stands for zero, uint8 [K / G, N]; None = 8.
         bias: [N].
     """
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = whole_rows(x)
     packed, scales = packed.contiguous(), scales.contiguous()
     zeros = zeros if zeros is None else zeros.contiguous()
     bias = bias if bias is None else bias.contiguous()

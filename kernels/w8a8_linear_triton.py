@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.code_products_triton import Tile, add_splits, choose_splits, choose_tile, finished
 from kernels.launch_constants import constants
 from kernels.reference import INT8
+from kernels.whole_rows import whole_rows
 
 _FEW, _SOME = Tile(16, 64, 256, 4, 4), Tile(64, 128, 128, 4, 3)
 _INT8 = {
@@ -88,7 +89,7 @@ def w8a8_linear(
         bias: [N].
         dtype: Of the result.
     """
-    x, weight = (codes if codes.stride(1) == 1 else codes.contiguous() for codes in (x, weight))
+    x, weight = whole_rows(x), whole_rows(weight)
     (num_rows, num_columns), num_channels = x.shape, weight.shape[0]
     y = torch.empty((num_rows, num_channels), dtype=dtype, device=x.device)
     if not y.numel():

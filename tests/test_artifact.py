@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from flows import artifact
-from flows.artifact import ArtifactError, ArtifactStore, Stage, explain_change, load_artifact, source_digests
+from flows.artifact import ArtifactError, ArtifactStore, Stage, load_artifact, source_digests
 from flows.config.data import TokenizerConfig
+from flows.run_record import explain_change
 
 MODULE = """
 import time

@@ -75,7 +75,14 @@ def build(directory: Path, config: PruningConfig, parents: Mapping[str, Artifact
 
 
 def smaller_decoder(model: Decoder, kept: Kept, shape: ModelConfig, importance: Importance) -> Decoder:
-    """The decoder that the parts that stay make, where the model is."""
+    """The decoder that the parts that stay make, where the model is.
+
+    Args:
+        model: The whole one.
+        kept: Which of its parts stay.
+        shape: What they make; `kernels` is the model's own.
+        importance: Of the parts, for the norms to make up for channels that go.
+    """
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     scales = norm_scales(importance, state, kept)
     small = Decoder(replace(shape, kernels=model.config.kernels), model.vocab_size)

@@ -140,7 +140,15 @@ class W4A16Linear(nn.Module):
     def of(
         cls, weight: Tensor, bias: Tensor | None, group_size: int, symmetric: bool, kernels: str = "auto"
     ) -> W4A16Linear:
-        """The layer with the codes that are nearest to a weight [N, K]; see `quantize_int4`."""
+        """The layer with the codes that are nearest to a weight.
+
+        Args:
+            weight: [N, K]; its dtype is that of the scales.
+            bias: [N].
+            group_size: See `quantize_int4`.
+            symmetric: See there.
+            kernels: See the class.
+        """
         codes, scales, zeros = quantize_int4(weight, group_size, symmetric)
         return cls(
             pack(codes), scales.t().contiguous(), None if zeros is None else zeros.t().contiguous(), bias, kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -49,3 +50,9 @@ def require_fraction(section: str, values: object, fields: Sequence[str]) -> Non
             "must lie between 0 and 1",
             f"Set {section}.{name} to a share such as 0.1.",
         )
+
+
+def require_address(field: str, address: str, whose: str, remedy: str) -> None:
+    """Raises `ConfigError` unless an address is host:port; arguments as for `require`, `whose` ends the rule."""
+    written_so = re.fullmatch(r"[^\s/]+:\d{1,5}", address) is not None
+    require(written_so, field, address or "''", f"must be host:port, {whose}", remedy)

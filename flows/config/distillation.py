@@ -14,15 +14,14 @@ if TYPE_CHECKING:
 
 
 class Divergence(StrEnum):
-    """How a student's distribution is held against its teacher's.
-
-    `forward_kl` is KL(teacher || student), which covers all that the teacher expects; `reverse_kl` KL(student ||
-    teacher), which stays within it; `jsd` the generalized Jensen-Shannon divergence, between them (arXiv:2306.13649).
-    """
+    """How a student's distribution is held against its teacher's."""
 
     forward_kl = "forward_kl"
+    """KL(teacher || student), which covers all that the teacher expects."""
     reverse_kl = "reverse_kl"
+    """KL(student || teacher), which stays within it."""
     jsd = "jsd"
+    """The generalized Jensen-Shannon divergence, between them (arXiv:2306.13649)."""
 
 
 class Distance(StrEnum):

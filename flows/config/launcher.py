@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from flows.config.checks import require, require_positive
+from flows.config.checks import require, require_address, require_positive
 
 ELSEWHERE: dict[str, Any] = {"decides_content": False}
 """Metadata of a field that says where or how patiently something runs: what comes out does not depend on it."""
@@ -160,11 +160,10 @@ class LauncherConfig:
                 )
 
     def _check_endpoint(self) -> None:
-        host, _, port = self.rendezvous_endpoint.rpartition(":")
-        require(
-            (not self.rendezvous_endpoint and self.num_nodes == 1) or (bool(host) and port.isdigit()),
-            "launcher.rendezvous_endpoint",
-            repr(self.rendezvous_endpoint),
-            f"must be host:port, where the launcher.num_nodes={self.num_nodes} nodes meet",
-            "Set launcher.rendezvous_endpoint=node1:29400, the address of the node that runs the flow.",
-        )
+        if self.rendezvous_endpoint or self.num_nodes > 1:
+            require_address(
+                "launcher.rendezvous_endpoint",
+                self.rendezvous_endpoint,
+                f"where the launcher.num_nodes={self.num_nodes} nodes meet",
+                "Set launcher.rendezvous_endpoint=node1:29400, the address of the node that runs the flow.",
+            )

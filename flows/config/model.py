@@ -42,10 +42,13 @@ class ModelConfig:
     """`causal_lm`: predicts the next token; `masked_lm`: fills in hidden tokens (encoders such as BERT,
     arXiv:1810.04805), trained, measured and saved, but not published."""
     hidden_size: int = 256
+    """Width of the residual stream, which every layer reads and adds to."""
     intermediate_size: int = 704
     """Width of the SwiGLU feed-forward layer: 8/3 of the hidden size (arXiv:2302.13971), up to a multiple of 32."""
     num_hidden_layers: int = 4
+    """Layers of attention and feed-forward."""
     num_attention_heads: int = 4
+    """Query heads of each layer."""
     num_key_value_heads: int = 2
     """Key and value heads, shared by groups of query heads (grouped-query attention, arXiv:2305.13245)."""
     attention_head_dim: int | None = None
@@ -63,6 +66,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     """Base of the rotary position frequencies (arXiv:2104.09864)."""
     rms_norm_eps: float = 1e-5
+    """Added to the mean square that a norm divides by."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     tie_word_embeddings: bool = True

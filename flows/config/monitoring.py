@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from flows.config.checks import require, require_fraction, require_positive
+from flows.config.checks import require, require_address, require_fraction, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +46,4 @@ class MonitorConfig:
             f"Set monitor.window_s={4 * self.scrape_interval_s}.",
         )
         for target in self.targets:
-            require(
-                re.fullmatch(r"[^\s/]+:\d+", target) is not None,
-                "monitor.targets",
-                target,
-                "must be host:port, of a server's metrics",
-                "Set monitor.targets=[127.0.0.1:8002].",
-            )
+            require_address("monitor.targets", target, "of a server's metrics", "Set monitor.targets=[127.0.0.1:8002].")

@@ -39,6 +39,7 @@ class OptimizerConfig:
     """Second moment of AdamW and Adam, also of the AdamW beside Muon; smoothing constant of RMSprop; Lion's
     momentum."""
     eps: float = 1e-8
+    """Added to the root of the second moment that an update is divided by."""
     momentum: float = 0.9
     """Of SGD, RMSprop and Muon."""
 

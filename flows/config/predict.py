@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.config.checks import require, require_positive
+from flows.config.checks import require, require_address, require_positive
 
 FORMATS = (".jsonl", ".parquet")
 
@@ -61,13 +60,7 @@ class PredictConfig:
                 bool(getattr(self, name)), f"predict.{name}", "''", "must name a column", f"Set predict.{name}=text."
             )
         for address in self.servers:
-            require(
-                re.fullmatch(r"\S+:\d+", address) is not None,
-                "predict.servers",
-                address,
-                "must be host:port, of the server's gRPC",
-                "Set predict.servers=[127.0.0.1:8001].",
-            )
+            require_address("predict.servers", address, "of the server's gRPC", "Set predict.servers=[127.0.0.1:8001].")
         for name in ("input", "output"):
             path = getattr(self, name)
             require(

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -44,27 +45,33 @@ def _walk(section: Any, prefix: str) -> Iterator[FieldReference]:
         if dataclasses.is_dataclass(value):
             yield from _walk(value, f"{name}.")
         else:
-            yield FieldReference(name, _type_name(types[field.name]), _value_text(value), docs.get(field.name, ""))
+            hint = types[field.name]
+            doc = _meaning(hint, docs.get(field.name, ""))
+            yield FieldReference(name, _type_name(hint), _value_text(value), doc)
+
+
+def _meaning(hint: Any, doc: str) -> str:
+    """A field's own doc, or else that of its enumeration; and what each of the choices means, where they say so."""
+    if not isinstance(hint, type) or not issubclass(hint, Enum):
+        return doc
+    choices = "; ".join(f"`{name}`: {meaning.rstrip('.')}" for name, meaning in _docs_below_fields(hint).items())
+    return " ".join([doc or str(hint.__doc__).split("\n")[0], *([f"{choices}."] if choices else [])])
 
 
 def _docs_below_fields(section_type: type) -> dict[str, str]:
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(section_type))).body[0]).body
     docs = {}
     for node, following in itertools.pairwise(body):
-        if (
-            isinstance(node, ast.AnnAssign)
-            and isinstance(node.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        ):
-            docs[node.target.id] = inspect.cleandoc(str(following.value.value))
+        if isinstance(node, ast.AnnAssign | ast.Assign) and isinstance(following, ast.Expr):
+            named = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            docs[ast.unparse(named)] = " ".join(str(ast.literal_eval(following.value)).split())
     return docs
 
 
 def _type_name(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "|".join(member.value for member in hint)
-    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("pathlib.", "")
+    return re.sub(r"(\w+\.)+", "", str(hint)) if typing.get_args(hint) else str(hint.__name__)
 
 
 def _value_text(value: Any) -> str:
@@ -72,7 +79,7 @@ def _value_text(value: Any) -> str:
         return "null"
     if isinstance(value, tuple):
         return f"[{','.join(map(str, value))}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value) or "''"
 
 
 def render_help(doc: str, conf_dir: Path) -> str:
@@ -90,13 +97,18 @@ def render_help(doc: str, conf_dir: Path) -> str:
         "",
         "Settings: type, default of the schema and meaning; `--cfg job` prints the values that a command would use",
     ]
-    section = ""
+    section, explained = "", dict[tuple[str, str], str]()
     for reference in field_references():
         head = reference.name.rpartition(".")[0]
         if head != section:
             section = head
             lines.append("")
-        lines.append(f"  {reference.name} ({reference.type}) = {reference.default}")
+        first = explained.setdefault((reference.name.rpartition(".")[2], reference.doc), reference.name)
+        line = f"  {reference.name} ({reference.type}) = {reference.default}"
+        if first != reference.name:
+            lines.append(f"{line}  as {first}")
+            continue
+        lines.append(line)
         lines += textwrap.wrap(reference.doc, 106, initial_indent=" " * 6, subsequent_indent=" " * 6)
     lines += ["", "Also: --cfg job (print the configuration), --multirun (one run per combination, e.g. seed=0,1,2)"]
     return "\n".join(lines)

@@ -99,6 +99,7 @@ class VerifyConfig:
     text_prompts: int = 4
     """Prompts whose greedy continuation must be equal, token by token."""
     text_new_tokens: int = 16
+    """Most tokens of each of those continuations."""
 
     def __post_init__(self) -> None:
         require_positive("verify", self, ["real_inputs", "noise_factor", "text_prompts", "text_new_tokens"])
@@ -118,6 +119,7 @@ class PublishConfig:
     model_name: str = "millrace"
     """Served name; `<name>_text` is its text in, text out companion."""
     model_repo: Path = Path("model_repo")
+    """Directory that the inference server loads from; versions of a model stand there side by side."""
     candidate: str = AUTO_CANDIDATE
     """`auto`: the fastest candidate that passes every gate; or a candidate's name; `none`: the run ends with the gates
     and the report, and nothing is exported to the server."""
@@ -173,8 +175,11 @@ class ServeConfig:
     """Bind the server's own ports (HTTP, gRPC, metrics) to `host`, too. They ask for no key, and anybody who reaches
     them can end the embedded server with one request: only behind a proxy of your own."""
     http_port: int = 8000
+    """Of the server's HTTP interface (KServe's v2 protocol); 0 = any, here and below."""
     grpc_port: int = 8001
+    """Of the same over gRPC."""
     metrics_port: int = 8002
+    """Of its metrics, in Prometheus' format."""
     openai_port: int | None = None
     """Of the public endpoint: an HTTP interface like OpenAI's (/v1/completions, /v1/chat/completions, /v1/models), and
     health, metadata and inference below /v2, each request checked before the server sees it; null = none, 0 = any."""
@@ -186,6 +191,7 @@ class ServeConfig:
     max_connections: int = 512
     """Connections to the public endpoint at the same time; more are answered with 503 at once."""
     startup_timeout_s: int = 120
+    """Seconds until the server and its models have to be ready."""
     exit_timeout_s: int = 10
     """Seconds given to requests in flight when the server is asked to stop."""
     poll_interval_s: float = 1.0

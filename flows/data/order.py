@@ -13,6 +13,12 @@ def sample_order(num_sequences: int, start: int, count: int, seed: int) -> NDArr
 
     Epoch follows epoch, each a permutation of all sequences that `seed` and the epoch's number decide. Every position
     is computed on its own, in memory for `count` alone: the order does not depend on ranks or on how it is sliced.
+
+    Args:
+        num_sequences: Of the split.
+        start: First position, from 0 on.
+        count: Positions.
+        seed: Others give other permutations.
     """
     positions = np.arange(start, start + count, dtype=np.int64)
     order = np.empty(count, np.int64)

@@ -30,7 +30,14 @@ NAME_LENGTH = 50
 
 
 def trainjob(module: str, argument: Path, config: LauncherConfig, log_dir: Path) -> dict[str, Any]:
-    """The manifest that runs `python -m module argument` once per rank."""
+    """The manifest that runs `python -m module argument` once per rank.
+
+    Args:
+        module: What each rank runs with `python -m`.
+        argument: File that it is given.
+        config: The launcher.
+        log_dir: Of this launch, on the volume that all nodes share.
+    """
     kubernetes = config.kubernetes
     gpus = config.num_ranks * config.gpus_per_rank
     resources = {

@@ -79,7 +79,14 @@ class LocalRanks:
 
 
 def start_local(module: str, argument: Path, config: LauncherConfig, log_dir: Path) -> LocalRanks:
-    """All ranks of a run, on this machine."""
+    """All ranks of a run, on this machine.
+
+    Args:
+        module: What each rank runs with `python -m`.
+        argument: File that it is given.
+        config: The launcher.
+        log_dir: Of this launch; each rank writes its own file there.
+    """
     numbers = {number: number for number in range(config.num_ranks)}
     environment = rank_environment(config, "127.0.0.1", free_port()) | thread_environment(config)
     return LocalRanks(rank_command(module, argument), numbers, environment, log_dir)

@@ -24,7 +24,14 @@ WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", 
 
 
 def slurm_script(module: str, argument: Path, config: LauncherConfig, log_dir: Path) -> str:
-    """The job script that runs `python -m module argument` once per rank."""
+    """The job script that runs `python -m module argument` once per rank.
+
+    Args:
+        module: What each rank runs with `python -m`.
+        argument: File that it is given.
+        config: The launcher.
+        log_dir: Of this launch, on the file system that all nodes share.
+    """
     slurm = config.slurm
     directives = {
         "job-name": f"millrace-{log_dir.parent.name.removesuffix('.partial')}",

@@ -26,7 +26,14 @@ Attend = Callable[[Tensor, Tensor, Tensor, Visible], Tensor]
 
 
 def attend(q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, visible: Visible) -> Tensor:
-    """Mean of the values of visible keys, weighted by softmax(q k / sqrt(K)) [B, H, L, K]."""
+    """Mean of the values of visible keys, weighted by softmax(q k / sqrt(K)) [B, H, L, K].
+
+    Args:
+        q_BHLK: Queries.
+        k_BGLK: Keys; each of their G heads serves H / G query heads.
+        v_BGLK: Values.
+        visible: Which keys each query may look at.
+    """
     if not isinstance(visible, Tensor):
         return document_attention(q_BHLK, k_BGLK, v_BGLK, visible)
     grouped = q_BHLK.shape[1] != k_BGLK.shape[1]
@@ -108,8 +115,11 @@ def positions(
 ) -> Tensor:
     """Position of each token in its document, int64 [B or 1, L]; padding is not counted.
 
-    Where other ranks have other parts of the sequences, the tokens given are those from `first` on; document ids and
-    mask are of the whole sequences.
+    Args:
+        input_ids_BL: Tokens; where other ranks have other parts of the sequences, those from `first` on.
+        attention_mask_BL: 0 for padding, of the whole sequences; None = there is none.
+        document_ids_BL: Document of each token of the whole sequences; None = one for all.
+        first: Place of the first token in the sequence.
     """
     length = input_ids_BL.shape[1]
     if document_ids_BL is None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flows.artifact import write_json_atomically
+from flows.artifact import flush_to_disk, write_json_atomically
 from flows.config import ConfigError
 from flows.config.model import Architecture, Kernels, ModelConfig
 from flows.model.config_json import CONFIG, CheckpointError, hugging_face_config, read_config, read_json
@@ -74,8 +74,7 @@ def save_decoder(
     aside = directory / f".{WEIGHTS}.{os.getpid()}.tmp"
     written = compressed_state(state)
     save_file({name: tensor.detach().contiguous() for name, tensor in written.items()}, aside, {"format": "pt"})
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
+    flush_to_disk(aside)
     aside.replace(directory / WEIGHTS)
     dtype = str(dtypes.pop()).removeprefix("torch.")
     described = hugging_face_config(config, vocab_size, max_position_embeddings, eos_token_id, dtype)

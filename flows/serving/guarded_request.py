@@ -46,7 +46,11 @@ def check_names(model: str, version: str | None) -> None:
 
 
 def read_json(body: bytes) -> dict[str, Any]:
-    """The JSON object that a body holds: UTF-8, no key twice, no NaN, no half characters, not nested without end."""
+    """The JSON object that a body holds: UTF-8, no key twice, no NaN, no half characters, not nested without end.
+
+    Raises:
+        RefusedError: It is not that; the message says what is wrong. So for all functions here.
+    """
     try:
         value = json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
         json.dumps(value, ensure_ascii=False).encode()

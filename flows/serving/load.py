@@ -69,7 +69,15 @@ def under_load(clients: int, requests: Iterable[Request], ask: Callable[[Request
 
 
 def ask_text(address: str, model: str, prompt: str, max_tokens: int, load: Load) -> str:
-    """One text over gRPC, streamed; notes its waits, which are single list operations and need no lock."""
+    """One text over gRPC, streamed; notes its waits, which are single list operations and need no lock.
+
+    Args:
+        address: `host:port` of the server's gRPC.
+        model: Name of the text model.
+        prompt: Beginning of the text.
+        max_tokens: Most new tokens.
+        load: Where its waits are noted.
+    """
     pieces: list[Completion] = []
     started = last = time.perf_counter()
     with Client(Transport.grpc, address) as client:

@@ -10,13 +10,12 @@ served is written last (`flows.serving.releases`): at once this one, or the one 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.artifact import Artifact, digest_file, write_json_atomically
+from flows.artifact import Artifact, digest_file, flush_to_disk, write_json_atomically
 from flows.config import ConfigError, RunError
 from flows.config.serving import PublishConfig
 from flows.serving.entry import REPOSITORY, STAGED_VERSION, version_digests
@@ -143,10 +142,10 @@ def _place(staged: Path, passport: Path, config: PublishConfig) -> tuple[int, bo
     shutil.copyfile(passport, asides[0] / PASSPORT)
     for aside in asides:
         for path in (*aside.rglob("*"), aside):
-            _flush(path)
+            flush_to_disk(path)
     for aside in asides:
         aside.rename(aside.with_name(str(version)))
-        _flush(aside.parent)
+        flush_to_disk(aside.parent)
     return version, True
 
 
@@ -164,9 +163,9 @@ def _write_settings(staged: Path, published: Path) -> None:
         target.parent.mkdir(exist_ok=True)
         aside = published / f".{path.name}.partial"
         shutil.copyfile(staged / path, aside)
-        _flush(aside)
+        flush_to_disk(aside)
         aside.replace(target)
-        _flush(target.parent)
+        flush_to_disk(target.parent)
 
 
 def _settings(staged: Path) -> list[Path]:
@@ -174,11 +173,3 @@ def _settings(staged: Path) -> list[Path]:
     files = [path.relative_to(staged) for path in staged.rglob("*") if path.is_file()]
     files = [path for path in files if path.parts[0] != STAGED_VERSION]
     return sorted(files, key=lambda path: (path.name == CONFIG, str(path)))
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

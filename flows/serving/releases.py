@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flows.artifact import digest_file, digest_json, flush_directory
+from flows.artifact import digest_file, digest_json, flush_to_disk
 from flows.config import RunError
 from flows.serving.entry import version_digests
 from flows.serving.repository import PASSPORT, VERSION_CONFIG, complete_versions, model_names
@@ -46,7 +46,11 @@ class Aliases:
 
 
 def read_history(repository: Path, model_name: str) -> list[dict[str, Any]]:
-    """All changes, oldest first; none for a model that was published without a history."""
+    """All changes, oldest first; none for a model that was published without a history.
+
+    Raises:
+        ReleaseError: A line of the history is not JSON.
+    """
     try:
         lines = (repository / model_name / HISTORY).read_text().splitlines()
         return [json.loads(line) for line in lines]
@@ -142,7 +146,7 @@ def record(
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-    flush_directory(path.parent)
+    flush_to_disk(path.parent)
 
 
 def files_on_disk(repository: Path, model_name: str, version: int) -> dict[str, dict[str, str]]:

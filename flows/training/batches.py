@@ -66,6 +66,13 @@ def micro_batches(
     The global batch is the same for any number of ranks and accumulation steps: it is cut, not drawn. Its loss is the
     mean over its tokens that count, wherever they lie.
 
+    Args:
+        dataset: The training split.
+        run: The run's configuration.
+        step: From 0 on.
+        device: Where the batches are put.
+        read_records: What a teacher has left for sequences, by their indices; None = nothing.
+
     Raises:
         RunError: No token of the global batch counts.
     """

@@ -27,7 +27,7 @@ from flows.artifact import (
     ArtifactError,
     digest_file,
     digest_json,
-    flush_directory,
+    flush_to_disk,
     read_manifest,
     write_json_atomically,
 )
@@ -172,9 +172,9 @@ class Checkpoints:
                 for part in ("shapes", "files"):
                     manifest[part] = {name: value for mine in everyone for name, value in mine[part].items()}
                 write_json_atomically(aside / MANIFEST, manifest | {"digest": digest_json(manifest)})
-                flush_directory(aside)
+                flush_to_disk(aside)
                 aside.rename(final)
-                flush_directory(self._directory)
+                flush_to_disk(self._directory)
                 self._prune()
                 return None
         except OSError as error:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file  # torch's refuses several parts of one tensor
 from torch import Tensor
 
+from flows.artifact import flush_to_disk
 from flows.config import RunError
 from flows.training.fragments import WEIGHT, Fragment
 from flows.training.weight_parts import joined, part_of, whole_name
@@ -50,8 +50,7 @@ def write_pieces(directory: Path, stem: str, pieces: Iterable[Piece]) -> list[Pa
     for number, tensors in enumerate(_by_size(pieces)):
         path = directory / f"{stem}-{number:05d}.safetensors"
         save_file(tensors, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        flush_to_disk(path)
         paths.append(path)
     return paths
 
@@ -108,7 +107,13 @@ class PieceReader:
         return None if file.get_slice(entry).get_shape() else file.get_tensor(entry)
 
     def read_into(self, target: Tensor, name: str, key: str, start: int) -> None:
-        """Fills `target` [numel] with the elements from `start` on.
+        """Fills `target` with elements that were saved.
+
+        Args:
+            target: [numel].
+            name: Of the parameter.
+            key: Of its state, such as a moment.
+            start: First element, of the flattened parameter.
 
         Raises:
             UnfitCheckpointError: An element is in none of the files.

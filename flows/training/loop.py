@@ -150,7 +150,17 @@ def train(job: TrainingJob) -> None:
 
 
 def evaluate(engine: DeepSpeedEngine, dataset: Sequences, run: TrainingRun, heartbeat: Heartbeat) -> float:
-    """Validation cross-entropy in nats per token, over the same first `eval_tokens` tokens each time."""
+    """Validation cross-entropy in nats per token, over the same first `eval_tokens` tokens each time.
+
+    Args:
+        engine: Of this rank; all ranks take part.
+        dataset: The validation split.
+        run: The run's configuration.
+        heartbeat: Beats after each batch.
+
+    Raises:
+        NonFiniteLossError: The loss is not finite.
+    """
     chosen = dataset.first(max(1, run.train.eval_tokens // run.sequence_length))
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in validation_batches(dataset, chosen, run, engine.device):

@@ -63,7 +63,14 @@ def _where(alive: Tensor, gradient: Tensor) -> Tensor:
 
 
 def check_patterns(field: str, patterns: Sequence[str], names: Collection[str], kind: str) -> None:
-    """Raises `ConfigError` for a pattern that matches none of the names; shows those that are spelt alike."""
+    """Raises `ConfigError` for a pattern that matches none of the names; shows those that are spelt alike.
+
+    Args:
+        field: Dotted name of the setting.
+        patterns: Globs that were given there.
+        names: What there is in the model.
+        kind: What the names are of: `weight` or `module`, say.
+    """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.3) or sorted(names)[:3]

@@ -37,6 +37,7 @@ def test_the_last_sequence_may_end_with_the_last_token(email_chain: dict[str, Ar
     whole = PackedDataset(tokens, "test", length - 1)
     assert len(whole) == 1
     assert len(whole[0]) == length
+    assert len(PackedDataset(tokens, "test", 1)) == length - 1  # nothing follows the last token
     for index in (-1, 1):
         with pytest.raises(IndexError, match=f"sequence {index} of 1"):
             whole[index]

@@ -48,6 +48,16 @@ def test_a_model_that_always_says_the_same_is_found(model: Decoder) -> None:
 
     expected = f"all {4 * NEW_TOKENS} tokens that were drawn from it are the same"
     assert find_faults(Stuck(), PROMPTS) == [expected]
+    assert find_faults(Stuck(), PROMPTS, goes_on=False) == []  # nothing is drawn from a model that fills in
+
+
+def test_a_model_that_only_repeats_what_it_is_given_has_no_faults() -> None:
+    class Echo(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return 1e3 * nn.functional.one_hot(ids, 40).float()
+
+    assert len(set(PROMPTS[:, -1].tolist())) > 1
+    assert find_faults(Echo(), PROMPTS) == []
 
 
 def test_a_model_that_breaks_on_its_own_words_is_found(model: Decoder) -> None:

@@ -1,4 +1,4 @@
-"""A tiny decoder trained with kernels and without: every parameter ends the same, and the kernels really ran."""
+"""A tiny decoder with kernels and without: every parameter or score ends the same, and the kernels really ran."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from flows.compression.candidate import replace_layer
+from flows.compression.quantized_linear import W4A16Linear
 from flows.config.model import Kernels, ModelConfig
 from flows.model import arithmetic
 from flows.model.decoder import Decoder, initialize
@@ -144,3 +146,23 @@ def test_compiled_steps_give_the_same_parameters(device: str) -> None:
     compiled = partial(torch.compile, backend="aot_eager", fullgraph=True)
     for name, parameter in trained(made(LLAMA, Kernels.triton, torch.float32, device), wrapped=compiled).items():
         assert_close_to_truth(parameter, plain[name], truth[name], truth[name].abs().max())
+
+
+def test_scores_of_4_bit_layers_with_kernels_and_without(device: str) -> None:
+    tokens_BL = torch.randint(0, VOCABULARY, (2, 3), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def scores(kernels: Kernels, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, set[str]]:
+        model = made(replace(LLAMA, hidden_size=32, intermediate_size=64), kernels, torch.bfloat16, device)
+        for name, linear in list(model.named_modules()):
+            if isinstance(linear, nn.Linear) and name != "lm_head":
+                replace_layer(model, name, W4A16Linear.of(linear.weight, linear.bias, 32, False, kernels.value))
+        with Ran() as ran, torch.no_grad():
+            return model.to(dtype)(tokens_BL), ran.names
+
+    truth, _ = scores(Kernels.reference, torch.float64)  # of the same codes and scales
+    plain, without = scores(Kernels.reference)
+    actual, ran = scores(Kernels.triton)
+    assert without == {"int4_weight_linear"}
+    assert ran >= {"w4a16_linear", "norm_fwd", "glu_fwd", "rotary_fwd"}
+    assert not ran & without
+    assert_close_to_truth(actual, plain, truth, truth.abs().max())

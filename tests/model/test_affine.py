@@ -33,6 +33,20 @@ def test_no_number_is_further_than_half_a_step_from_its_code(
     assert (grid.restore(codes)[x == 0] == 0).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_zero_is_one_of_the_numbers_also_where_all_lie_on_one_side_of_it(sign: int) -> None:
+    x = sign * torch.linspace(5, 6, 8)[None]
+    grid = fit_grid(x, 4, symmetric=False)
+    assert torch.allclose(grid.scales, torch.tensor(6 / 15))
+    assert float(grid.restore(grid.codes(torch.zeros(1, 8))).abs().max()) == 0
+    assert float((grid.restore(grid.codes(x)) - x).abs().max()) <= 0.51 * 6 / 15
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_nothing_is_divided_by_zero_where_all_numbers_are_zero(symmetric: bool) -> None:
+    assert float(fit_grid(torch.zeros(1, 8), 4, symmetric=symmetric).scales) > 0
+
+
 def test_a_tensor_a_row_or_a_group_has_one_scale() -> None:
     x = normal(4, 64)
     assert fit_grid(x.reshape(1, -1), 8).scales.shape == (1, 1)

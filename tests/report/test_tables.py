@@ -58,6 +58,24 @@ def test_layers_of_blocks_share_a_grid_and_others_have_their_own() -> None:
     assert blocks.rows["model.layers.0"][1] is None, "a skipped layer has no cell"
     assert [cell and (cell.value, cell.heat) for cell in blocks.rows["model.layers.1"]] == [(25.0, 1.0), (35.0, 0.5)]
     assert others.rows["model.embed_tokens"][0] == tables.Cell(40.0, 0.25)
+    (ends,) = tables.layer_grids([layer("cold", 60.0), layer("hot", 20.0)], QuantizeConfig())
+    assert [row[0] and row[0].heat for row in ends.rows.values()] == [0.0, 1.0], "heat stays within its scale"
+
+
+def test_a_plan_is_held_against_the_steps_that_this_run_trained() -> None:
+    plan = {"memory_bytes": 100, "step_s": 0.5, "tokens_per_s": 64.0}
+    measured = {"step_ms_p50": 400.0, "tokens_per_s": 80.0, "train_s": 12.0}
+    curve = [{"peak_memory_bytes": 90}, {"loss": 1.0}, {"peak_memory_bytes": 110}]
+    run = {"plan": plan, "measured": measured, "steps": 40, "resumed_from_step": 10, "curve": curve}
+    assert tables.plan_rows(run) == [
+        ("Memory of a rank at its peak", 100, 110, "size"),
+        ("A step, ms", 500.0, 400.0, "significant"),
+        ("Tokens per second", 64.0, 80.0, "count"),
+        ("30 steps", 15.0, 12.0, "duration"),
+    ]
+    with_share = run | {"plan": plan | {"mfu": 0.4}, "measured": measured | {"mfu": 0.3}}
+    assert tables.plan_rows(with_share)[-1] == ("Share of the hardware's peak", 0.4, 0.3, "significant")
+    assert tables.plan_rows(run | {"plan": None}) == []
 
 
 def test_parity_is_the_worst_of_transports_and_paddings() -> None:

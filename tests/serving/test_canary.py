@@ -36,6 +36,7 @@ CONFIG = CanaryConfig(min_requests=10, max_error_share=0.05, max_latency_ratio=2
         (Answers(100, 20, 1.0), Answers(100, 16, 1.0), None),
         (Answers(100, 0, 2.0), Answers(100, 0, 1.0), None),
         (Answers(100, 0, 2.1), Answers(100, 0, 1.0), "its requests take 21.0 ms, the live version's 10.0 ms"),
+        (Answers(100, 5, 1.95), Answers(100, 0, 1.0), "its requests take 20.5 ms"),  # errors take no time
         (Answers(10, 0, 0.1), Answers(1000, 0, 10.0), None),
     ],
 )

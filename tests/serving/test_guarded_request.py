@@ -87,6 +87,7 @@ def test_tensors_that_are_not_what_they_say_are_refused(shape: Any, data: Any, d
         (binary(bytes(16), size=8), "does not fit its shape"),
         (binary(bytes(20)), "4 bytes follow the last tensor"),
         (binary(struct.pack("<I", 99), size=4, shape=[1], datatype="BYTES"), "do not fit its shape"),
+        (binary(struct.pack("<2I", 0, 0), size=8, shape=[3], datatype="BYTES"), "do not fit its shape"),
         (binary(b"\0\0", size=2, shape=[1], datatype="BYTES"), "a text is cut off"),
         ((binary(bytes(16))[0], "99999"), "is 99999 of"),
         ((binary(bytes(16))[0], "-1"), "is not a number"),
@@ -100,11 +101,16 @@ def test_raw_tensors_that_lie_about_their_size_are_refused(request_: tuple[bytes
 
 def test_shared_memory_and_unknown_keys_are_refused() -> None:
     body = infer_body([1], [1], [1, 1])
+    body["inputs"][0]["parameters"] = {"binary_data_size": 0}
+    with pytest.raises(RefusedError, match="has both data and binary_data_size"):
+        guard_infer(json.dumps(body).encode(), None)
     body["inputs"][0]["parameters"] = {"shared_memory_region": "x"}
     with pytest.raises(RefusedError, match="shared memory is closed here"):
         guard_infer(json.dumps(body).encode(), None)
     with pytest.raises(RefusedError, match="are not its keys"):
         guard_infer(b'{"inputs": [], "model_name": "x"}', None)
+    with pytest.raises(RefusedError, match="text_input has 1048577 values; 1048576 may be"):
+        guard_generate(json.dumps({"text_input": [1] * (2**20 + 1)}).encode())
     for value in ({"a": 1}, [[1]], None, 2**63, 1e999):
         with pytest.raises(RefusedError):
             guard_generate(json.dumps({"text_input": value}).encode())

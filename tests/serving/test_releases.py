@@ -14,7 +14,7 @@ import pytest
 
 from flows import promote as command
 from flows.serving import promotion
-from flows.serving.releases import Aliases, ReleaseError, check_proven, read_aliases, read_history
+from flows.serving.releases import Aliases, ReleaseError, check_proven, read_aliases, read_history, record_published
 from flows.serving.repository import PASSPORT, VERSION_CONFIG
 from tests.serving.made_up_repository import NAME, add_version
 
@@ -48,8 +48,6 @@ def test_a_release_goes_through_its_life(repository: Path) -> None:
 
 
 def test_what_a_run_publishes_again_keeps_what_was_decided(repository: Path) -> None:
-    from flows.serving.releases import record_published
-
     promotion.rollback(repository, NAME)
     record_published(repository, NAME, 2, live=True)
     assert read_aliases(repository, NAME).live == 1, "a rollback was undone by a run that changed nothing"
@@ -69,6 +67,8 @@ def test_without_a_history_the_newest_is_live(tmp_path: Path) -> None:
         add_version(tmp_path, version, recorded=False)
     assert read_aliases(tmp_path, NAME) == Aliases(live=3, previous=2)
     assert promotion.rollback(tmp_path, NAME) == Aliases(live=2, previous=1)
+    record_published(tmp_path, NAME, 2, live=True)
+    assert read_aliases(tmp_path, NAME) == Aliases(live=2, previous=1), "a run that changed nothing"
     add_version(tmp_path, 4)
     assert read_aliases(tmp_path, NAME) == Aliases(live=4, previous=2)
 
