@@ -24,13 +24,14 @@ def monitor(config: Config) -> None:
     """Writes the three files and says where they are."""
     directory = config.artifacts_dir / "monitoring"
     directory.mkdir(parents=True, exist_ok=True)
-    targets = config.monitor.targets or (f"{config.serve.host}:{config.serve.metrics_port}",)
+    ports = (config.serve.metrics_port, config.serve.drift_port)
+    targets = config.monitor.targets or tuple(f"{config.serve.server_host}:{port}" for port in ports)
     yaml = YAML()
     yaml.width = 1000
     yaml.dump(prometheus_config(config.monitor, targets, RULES), directory / "prometheus.yml")
     yaml.dump(alert_rules(config.monitor), directory / RULES)
     (directory / "grafana_dashboard.json").write_text(json.dumps(dashboard(config.monitor), indent=2) + "\n")
-    print(f"{directory}: prometheus.yml, {RULES}, grafana_dashboard.json; {len(targets)} servers are watched.")
+    print(f"{directory}: prometheus.yml, {RULES}, grafana_dashboard.json; {', '.join(targets)} are watched.")
     print(f"prometheus --config.file={directory / 'prometheus.yml'} --web.listen-address=127.0.0.1:9090")
 
 

@@ -19,13 +19,14 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from flows.config import Config
 from flows.config.serving import LOOPBACK, ServeConfig
+from flows.serving.drift import DriftWatch
 from flows.serving.installation import check_server_available
 from flows.serving.repository import TEXT_SUFFIX, lock_repository
 from flows.serving.served_view import Pool, ServedView
@@ -33,6 +34,9 @@ from flows.serving.server import PREFIX, InferenceServer
 from flows.serving.watch import RepositoryWatcher, check_published
 
 logger = logging.getLogger(__name__)
+
+SERVER = "server"
+"""What the only one is called, where there are no replicas."""
 
 
 def serve(config: Config) -> None:
@@ -98,6 +102,7 @@ def _serve_alone(config: Config, directory: Path, stop: threading.Event, running
     if options.host not in LOOPBACK:
         keys = "for a key" if options.openai_port is not None else "nobody for a key"
         logger.warning("Reachable from other machines on %s, which asks %s: %s", options.host, keys, exposed(options))
+    running.enter_context(drift_watch(config, lambda: {SERVER: server}))
     watcher = RepositoryWatcher(server, repository, view, state)
     while not stop.wait(options.poll_interval_s):
         server.check_running()
@@ -145,8 +150,19 @@ def _serve_replicas(config: Config, directory: Path, stop: threading.Event, runn
             )
         )
         logger.info("OpenAI-compatible: base_url=%s://%s/v1", scheme, service.openai_address)
+    running.enter_context(drift_watch(config, service.servers_by_name))
     while not stop.wait(options.poll_interval_s):
         service.look()
+
+
+def drift_watch(config: Config, servers: Callable[[], Mapping[str, InferenceServer]]) -> DriftWatch:
+    """What compares the servers' answers with the passports', and says where it tells Prometheus."""
+    options = config.serve
+    watch = DriftWatch(
+        config.publish.model_repo, servers, options.server_host, options.drift_port, options.drift_interval_s
+    )
+    logger.info("Drift from the passports: http://%s/metrics", watch.address)
+    return watch
 
 
 def exposed(options: ServeConfig) -> str:

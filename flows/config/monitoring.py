@@ -13,7 +13,8 @@ class MonitorConfig:
     """What `python -m flows.monitor` writes for Prometheus and Grafana."""
 
     targets: tuple[str, ...] = ()
-    """Metrics addresses, host:port, of the servers to watch; empty = the one of `serve.host`, `serve.metrics_port`."""
+    """Metrics addresses, host:port, of what to watch; empty = `serve.host` with `serve.metrics_port` and
+    `serve.drift_port`."""
     scrape_interval_s: int = 5
     """How often each server is asked for its numbers."""
     hold_s: int = 60

@@ -132,7 +132,11 @@ class ReplicatedServer:
 
     def servers(self) -> list[InferenceServer]:
         """The servers of the live version that serve at the moment."""
-        return [replica.server for replica in self.replicas if replica.server is not None]
+        return list(self.servers_by_name().values())
+
+    def servers_by_name(self) -> dict[str, InferenceServer]:
+        """The same, by the replica's name."""
+        return {replica.name: replica.server for replica in self.replicas if replica.server is not None}
 
     def look(self) -> None:
         """Does what has been decided about versions meanwhile, and replaces a proxy that has ended."""

@@ -1,0 +1,154 @@
+"""Asks servers, again and again, what a version's passport recorded, and tells Prometheus how far they are off.
+
+Whatever changed since the proof, a served file, the runtime, the processor, or the version that answers who names none,
+shows as a ratio above 1: the largest difference over what the passport allows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+import urllib.error
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from tritonclient.utils import InferenceServerException
+
+from flows.config import ConfigError
+from flows.serving.probe import BUSY
+from flows.serving.recorded_samples import RECORDED, scores_drift, text_drift
+from flows.serving.releases import read_aliases
+from flows.serving.repository import PASSPORT, model_names, published_names
+from flows.serving.server import InferenceServer
+
+logger = logging.getLogger(__name__)
+
+RATIO = "millrace_drift_ratio"
+SECOND_LOOK_S = 5.0
+"""A difference is looked at again so soon: the server may just be switching to another version."""
+Ratios = Mapping[tuple[str, str, str], float]
+"""By model, live version and server."""
+
+
+class DriftWatch:
+    """Measures, from a thread of its own, how far servers have drifted, while the `with` block runs.
+
+    Args:
+        repository: Model repository.
+        servers: Those of the live version by name, as they are at the moment.
+        host: Address to bind.
+        port: Where Prometheus finds the ratios; 0 = any free one.
+        interval_s: Seconds between two rounds.
+
+    Raises:
+        ConfigError: The port is taken.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        servers: Callable[[], Mapping[str, InferenceServer]],
+        host: str,
+        port: int,
+        interval_s: float,
+    ) -> None:
+        self._repository, self._servers, self._interval_s = repository, servers, interval_s
+        self._ratios: Ratios = {}
+        self._told: set[tuple[str, int]] = set()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="drift", daemon=True)
+        registry = CollectorRegistry()
+        try:
+            self._endpoint, _ = start_http_server(port, host, registry)
+        except OSError as error:
+            raise ConfigError(
+                f"serve.drift_port={port} cannot be bound on {host}: {error.strerror}. Stop what uses it, or set "
+                "serve.drift_port=0 for any free port."
+            ) from error
+        registry.register(self)
+        self.address = f"{f'[{host}]' if ':' in host else host}:{self._endpoint.server_port}"
+        """`host:port` of the metrics."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        self._endpoint.shutdown()
+        self._endpoint.server_close()
+        self._thread.join()
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """What Prometheus is told."""
+        description = "Largest difference from the passport's samples over what the passport allows"
+        family = GaugeMetricFamily(RATIO, description, labels=["model", "version", "server"])
+        for labels, ratio in sorted(self._ratios.items()):
+            family.add_metric(labels, ratio)
+        yield family
+
+    def look(self) -> Ratios:
+        """One round: every published model of every server. A server that is being started again has no ratio."""
+        ratios = {}
+        for name in published_names(self._repository):
+            version = read_aliases(self._repository, name).live
+            recorded = None if version is None else self._recorded(name, version)
+            if recorded is None:
+                continue
+            for server_name, server in self._servers().items():
+                for model, drift in zip(model_names(name), (scores_drift, text_drift), strict=True):
+                    key = (model, str(version), server_name)
+                    try:
+                        ratios[key] = drift(server.http_address, model, recorded)
+                    except (InferenceServerException, urllib.error.HTTPError) as error:
+                        if getattr(error, "code", None) == BUSY:  # enough texts wait: what was known of it still holds
+                            ratios |= {one: old for one, old in self._ratios.items() if one == key}
+                        else:
+                            ratios[key] = math.inf
+                    except OSError:
+                        continue
+        self._tell(ratios)
+        self._ratios = ratios
+        return ratios
+
+    def _watch(self) -> None:
+        wait_s = 0.0
+        while not self._stopping.wait(wait_s):
+            try:
+                worst = max(self.look().values(), default=0.0)
+            except (OSError, ValueError, KeyError) as error:  # a version that is being removed or was damaged
+                logger.error("Drift cannot be measured: %s", error)
+                self._ratios, worst = {}, math.inf
+            wait_s = self._interval_s if worst <= 1 else min(SECOND_LOOK_S, self._interval_s)
+
+    def _tell(self, ratios: Ratios) -> None:
+        for (model, version, server), ratio in ratios.items():
+            if ratio > 1 >= self._ratios.get((model, version, server), 0.0):
+                logger.error(
+                    "%s of %s does not answer as the passport of version %s says: %.3g of what it allows.",
+                    model,
+                    server,
+                    version,
+                    ratio,
+                )
+
+    def _recorded(self, name: str, version: int) -> Mapping[str, Any] | None:
+        passport = json.loads((self._repository / name / str(version) / PASSPORT).read_text())
+        if RECORDED not in passport and (name, version) not in self._told:
+            self._told.add((name, version))
+            logger.warning(
+                "%s version %s was published before passports held samples: its drift is not watched. Publish it "
+                "again.",
+                name,
+                version,
+            )
+        recorded: Mapping[str, Any] | None = passport.get(RECORDED)
+        return recorded
