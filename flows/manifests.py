@@ -6,10 +6,16 @@
 Into `artifacts_dir/manifests`: model_repository (the live versions, each checked against its passport), image (what
 the container is built from: the official image with onnxruntime), compose.yaml and kubernetes.yaml. The files are
 checked against their schemas; no container has been run with them here. After a promotion, write and apply them again.
+
+    python -m flows.manifests manifests.vllm=true              vllm_repository, too
+
+holds the live versions' checkpoints for the vLLM backend (of an official image <release>-vllm-python-py3, which finds
+it at /models). Nothing has proven what that answers, and nothing here serves or releases it.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +25,8 @@ from ruamel.yaml import YAML
 from flows.compose import run_cli
 from flows.config import Config
 from flows.serving import compose_file, kubernetes
-from flows.serving.container import NOT_RUN, write_image, write_live
+from flows.serving.container import MODELS_DIR, NOT_RUN, ServedModels, write_image, write_live
+from flows.serving.repository import PASSPORT
 from flows.serving.watch import check_published
 
 
@@ -39,6 +46,8 @@ def manifests(config: Config) -> None:
     _write(directory / "compose.yaml", compose_file.SCHEMA, [compose])
     objects = kubernetes.manifests(config.manifests, config.serve, served)
     _write(directory / "kubernetes.yaml", kubernetes.SCHEMA, objects)
+    if config.manifests.vllm:
+        _write_vllm(config, served, directory / "vllm_repository")
     for name, version in served.versions.items():
         print(f"{name}: {version}")
     print(f"{directory}: compose.yaml, kubernetes.yaml, image, model_repository. Not run here:")
@@ -47,6 +56,17 @@ def manifests(config: Config) -> None:
         f"docker build -t {config.manifests.image} {directory / 'image'}, push it, copy model_repository into the "
         f"volume of {config.manifests.volume_claim}, then kubectl apply -f {directory / 'kubernetes.yaml'}"
     )
+
+
+def _write_vllm(config: Config, served: ServedModels, target: Path) -> None:
+    from flows.serving import vllm_model  # imports torch
+    from flows.serving.reverify import read_proven
+
+    shutil.rmtree(target, ignore_errors=True)
+    for name, version in served.live.items():
+        proven = read_proven(config.publish.model_repo, name, version, config.artifacts_dir / "store")
+        made = vllm_model.build(target, name, version, proven.config, proven.parents["model"], MODELS_DIR)
+        print(f"{made}: {vllm_model.VERDICT}, see its {PASSPORT}")
 
 
 def _write(path: Path, schema: str, documents: Sequence[Mapping[str, Any]]) -> None:

@@ -35,6 +35,9 @@ class ManifestsConfig:
     """NVIDIA GPUs of each server, which `config.pbtxt` lets the scores model use."""
     user_id: int = 1000
     """User and group that the server runs as; 1000 is triton-server in the official image."""
+    vllm: bool = False
+    """Write vllm_repository, too: the live versions' checkpoints for the vLLM backend of the official image. What it
+    serves has been compared with nothing, and its passport.json says so."""
     weights_key_secret: str = "millrace-weights"
     """Kubernetes Secret whose `key` decrypts what was published with export.encrypt_weights."""
 

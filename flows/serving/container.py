@@ -47,11 +47,18 @@ class ServedModels:
 
     models: tuple[str, ...]
     """Scores before text."""
-    versions: dict[str, str]
-    """By published name: live version, and the digest of its passport."""
+    live: dict[str, int]
+    """Version by published name."""
+    passports: dict[str, str]
+    """Digest of its passport, in the same order."""
     machine: str
     """Kind of machine that its tokenizer library runs on, as containers call it."""
     encrypted: bool
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """By published name, for a person: version and digest of the passport."""
+        return {name: f"version {live}, passport sha256 {self.passports[name]}" for name, live in self.live.items()}
 
     @property
     def environment(self) -> tuple[str, ...]:
@@ -91,7 +98,8 @@ def write_live(repository: Path, target: Path) -> ServedModels:
         ConfigError: The versions are for different kinds of machines.
         ReleaseError: A live version is not what its passport proves.
     """
-    versions, machines = {}, set()
+    found: dict[str, int] = {}
+    passports, machines = {}, set()
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     with tempfile.TemporaryDirectory() as scratch, lock_repository(repository):
@@ -101,8 +109,7 @@ def write_live(repository: Path, target: Path) -> ServedModels:
             if (live := read_aliases(repository, name).live) is None:
                 continue
             check_proven(repository, name, live)
-            passport = digest_file(repository / name / str(live) / PASSPORT)
-            versions[name] = f"version {live}, passport sha256 {passport}"
+            found[name], passports[name] = live, digest_file(repository / name / str(live) / PASSPORT)
             settings = json.loads((repository / model_names(name)[1] / str(live) / "settings.json").read_text())
             machines.add(ARCHITECTURES.get(settings["platform"], settings["platform"]))
         ignored = shutil.ignore_patterns("__pycache__", ".*")
@@ -111,12 +118,12 @@ def write_live(repository: Path, target: Path) -> ServedModels:
         len(machines) == 1,
         "publish.model_repo",
         repository,
-        f"holds versions for {' and '.join(sorted(machines))}: each carries a tokenizer library for one kind of machine",
+        f"holds versions for {' and '.join(sorted(machines))}: each carries a tokenizer library for one of them",
         "Keep one repository for each.",
     )
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
-    return ServedModels(models, versions, machines.pop(), encrypted=any(target.rglob(f"*{SUFFIX}")))
+    return ServedModels(models, found, passports, machines.pop(), encrypted=any(target.rglob(f"*{SUFFIX}")))
 
 
 def write_image(config: ManifestsConfig, served: ServedModels, directory: Path) -> None:

@@ -20,6 +20,7 @@ SECRET_KEY = "key"
 def manifests(config: ManifestsConfig, options: ServeConfig, served: ServedModels) -> list[dict[str, Any]]:
     """Content of kubernetes.yaml: a deployment, its service, and what may reach it."""
     ports = [{"name": name, "port": port, "targetPort": name} for name, port in PORTS.items()]
+    versions = "; ".join(f"{name} {version}" for name, version in served.versions.items())
     return [
         _object(
             config,
@@ -33,9 +34,7 @@ def manifests(config: ManifestsConfig, options: ServeConfig, served: ServedModel
                     # another version is another pod: applying the file is the switch
                     "metadata": {
                         "labels": LABELS,
-                        "annotations": {
-                            "millrace/versions": "; ".join(f"{one} {two}" for one, two in served.versions.items())
-                        },
+                        "annotations": {"millrace/versions": versions},
                     },
                     "spec": _pod(config, options, served),
                 },

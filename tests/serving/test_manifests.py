@@ -36,7 +36,7 @@ from tests.serving.tiny_chain import NAME, Published
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXT = f"{NAME}_text"
-SERVED = ServedModels((NAME, TEXT), {NAME: "version 3, passport sha256 0123456789abcdef"}, "amd64", encrypted=False)
+SERVED = ServedModels((NAME, TEXT), {NAME: 3}, {NAME: "0123456789abcdef"}, "amd64", encrypted=False)
 GPU = ManifestsConfig(image="registry.example.com/millrace-server:1", replicas=3, gpus=1, namespace="models")
 CASES = {
     "cpu": (ManifestsConfig(), ServeConfig(), SERVED),
