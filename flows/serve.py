@@ -81,8 +81,10 @@ def _serve_alone(config: Config, directory: Path, stop: threading.Event, running
                 tracing=options.tracing,
             )
         )
+    drift = running.enter_context(drift_watch(config, lambda: {SERVER: server.http_address}))
     found = f"HTTP http://{server.http_address}  gRPC {server.grpc_address}  metrics http://{server.metrics_address}"
-    logger.info("%s", ready_message(f"{found}/metrics  log {server.log_path}", server, server.http_address))
+    found += f"/metrics  drift http://{drift.address}/metrics  log {server.log_path}"
+    logger.info("%s", ready_message(found, server, server.http_address))
     if options.openai_port is not None:
         from flows.serving.openai_server import OpenAIServer  # imports a web framework
 
@@ -102,7 +104,6 @@ def _serve_alone(config: Config, directory: Path, stop: threading.Event, running
     if options.host not in LOOPBACK:
         keys = "for a key" if options.openai_port is not None else "nobody for a key"
         logger.warning("Reachable from other machines on %s, which asks %s: %s", options.host, keys, exposed(options))
-    running.enter_context(drift_watch(config, lambda: {SERVER: server}))
     watcher = RepositoryWatcher(server, repository, view, state)
     while not stop.wait(options.poll_interval_s):
         server.check_running()
@@ -131,7 +132,9 @@ def _serve_replicas(config: Config, directory: Path, stop: threading.Event, runn
     )
     scheme = "https" if options.tls_certificate_path else "http"
     found = f"HTTP {scheme}://{service.http_address}  gRPC {service.grpc_address}  metrics http://"
-    found += f"{service.metrics_address}/metrics, /metrics/{service.replicas[0].name}  logs {config.artifacts_dir}"
+    drift = running.enter_context(drift_watch(config, service.addresses))
+    found += f"{service.metrics_address}/metrics, /metrics/{service.replicas[0].name}  "
+    found += f"drift http://{drift.address}/metrics  logs {config.artifacts_dir}"
     server = service.servers()[0]
     secrets: Sequence[str] = ["-H 'Authorization: Bearer KEY'"] if keys else []
     address = service.http_address
@@ -150,19 +153,15 @@ def _serve_replicas(config: Config, directory: Path, stop: threading.Event, runn
             )
         )
         logger.info("OpenAI-compatible: base_url=%s://%s/v1", scheme, service.openai_address)
-    running.enter_context(drift_watch(config, service.servers_by_name))
     while not stop.wait(options.poll_interval_s):
         service.look()
 
 
-def drift_watch(config: Config, servers: Callable[[], Mapping[str, InferenceServer]]) -> DriftWatch:
-    """What compares the servers' answers with the passports', and says where it tells Prometheus."""
+def drift_watch(config: Config, addresses: Callable[[], Mapping[str, str]]) -> DriftWatch:
+    """What compares the servers' answers with the passports'."""
     options = config.serve
-    watch = DriftWatch(
-        config.publish.model_repo, servers, options.server_host, options.drift_port, options.drift_interval_s
-    )
-    logger.info("Drift from the passports: http://%s/metrics", watch.address)
-    return watch
+    host, port, interval_s = options.server_host, options.drift_port, options.drift_interval_s
+    return DriftWatch(config.publish.model_repo, addresses, host, port, interval_s)
 
 
 def exposed(options: ServeConfig) -> str:

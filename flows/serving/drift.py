@@ -25,7 +25,6 @@ from flows.serving.probe import BUSY
 from flows.serving.recorded_samples import RECORDED, scores_drift, text_drift
 from flows.serving.releases import read_aliases
 from flows.serving.repository import PASSPORT, model_names, published_names
-from flows.serving.server import InferenceServer
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ class DriftWatch:
 
     Args:
         repository: Model repository.
-        servers: Those of the live version by name, as they are at the moment.
+        addresses: `host:port` of the HTTP endpoints of the live version's servers by name, as they are at the moment.
         host: Address to bind.
         port: Where Prometheus finds the ratios; 0 = any free one.
         interval_s: Seconds between two rounds.
@@ -53,12 +52,12 @@ class DriftWatch:
     def __init__(
         self,
         repository: Path,
-        servers: Callable[[], Mapping[str, InferenceServer]],
+        addresses: Callable[[], Mapping[str, str]],
         host: str,
         port: int,
         interval_s: float,
     ) -> None:
-        self._repository, self._servers, self._interval_s = repository, servers, interval_s
+        self._repository, self._addresses, self._interval_s = repository, addresses, interval_s
         self._ratios: Ratios = {}
         self._told: set[tuple[str, int]] = set()
         self._stopping = threading.Event()
@@ -103,11 +102,11 @@ class DriftWatch:
             recorded = None if version is None else self._recorded(name, version)
             if recorded is None:
                 continue
-            for server_name, server in self._servers().items():
+            for server, address in self._addresses().items():
                 for model, drift in zip(model_names(name), (scores_drift, text_drift), strict=True):
-                    key = (model, str(version), server_name)
+                    key = (model, str(version), server)
                     try:
-                        ratios[key] = drift(server.http_address, model, recorded)
+                        ratios[key] = drift(address, model, recorded)
                     except (InferenceServerException, urllib.error.HTTPError) as error:
                         if getattr(error, "code", None) == BUSY:  # enough texts wait: what was known of it still holds
                             ratios |= {one: old for one, old in self._ratios.items() if one == key}

@@ -132,11 +132,11 @@ class ReplicatedServer:
 
     def servers(self) -> list[InferenceServer]:
         """The servers of the live version that serve at the moment."""
-        return list(self.servers_by_name().values())
+        return [replica.server for replica in self.replicas if replica.server is not None]
 
-    def servers_by_name(self) -> dict[str, InferenceServer]:
-        """The same, by the replica's name."""
-        return {replica.name: replica.server for replica in self.replicas if replica.server is not None}
+    def addresses(self) -> dict[str, str]:
+        """`host:port` of their HTTP endpoints, by the replica's name."""
+        return {one.name: one.server.http_address for one in self.replicas if one.server is not None}
 
     def look(self) -> None:
         """Does what has been decided about versions meanwhile, and replaces a proxy that has ended."""

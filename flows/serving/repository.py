@@ -44,7 +44,7 @@ def version_dirs(model_dir: Path) -> list[Path]:
 def link_or_copy(source: str, target: str) -> None:
     """One file in two places, or a copy where the file system cannot do that; as a `copy_function` of shutil."""
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # of what a symbolic link points to
     except OSError:  # another file system
         shutil.copyfile(source, target)
 

@@ -74,7 +74,7 @@ def test_what_was_proven_is_within_and_anything_else_is_not(server: InferenceSer
 
 @pytest.mark.server
 def test_prometheus_is_told_of_every_server(server: InferenceServer, repository: Path) -> None:
-    with DriftWatch(repository, lambda: {"a": server, "b": server}, "127.0.0.1", 0, 60.0) as watch:
+    with DriftWatch(repository, lambda: dict.fromkeys("ab", server.http_address), "127.0.0.1", 0, 60.0) as watch:
         ratios = watch.look()
         with urllib.request.urlopen(f"http://{watch.address}/metrics") as response:
             page = response.read().decode()
@@ -94,7 +94,7 @@ def test_prometheus_calls_when_what_is_served_is_not_what_was_proven(
     deadline = time.monotonic() + DEADLINE_S
     with (
         InferenceServer(repository, [NAME, TEXT], tmp_path / "server.log") as running,
-        DriftWatch(repository, lambda: {"server": running}, "127.0.0.1", 0, 0.2) as watch,
+        DriftWatch(repository, lambda: {"server": running.http_address}, "127.0.0.1", 0, 0.2) as watch,
     ):
         watched = MonitorConfig(targets=(watch.address,), scrape_interval_s=1, window_s=10, hold_s=0)
         monitor(Config(artifacts_dir=tmp_path, monitor=watched))

@@ -1,4 +1,4 @@
-"""A checkpoint for the vLLM backend: what its source says that it loads, refused otherwise, and never called verified."""
+"""A checkpoint for the vLLM backend: in a form that its source loads, refused otherwise, never called verified."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_what_is_not_verified_is_not_released(make: Make, published: Published, 
     repository = published.copy(tmp_path / "repo")
     place = build(tmp_path, make()) / "3"
     (repository / NAME / "1" / PASSPORT).write_bytes((place / PASSPORT).read_bytes())
-    with pytest.raises(ReleaseError, match="says 'not verified', not 'passed'. This version is not released"):
+    with pytest.raises(ReleaseError, match=r"says 'not verified', not 'passed'\. This version is not released"):
         check_proven(repository, NAME, 1)
 
 
