@@ -33,6 +33,7 @@ SECOND_LOOK_S = 5.0
 """A difference is looked at again so soon: the server may just be switching to another version."""
 Ratios = Mapping[tuple[str, str, str], float]
 """By model, live version and server."""
+Drift = Callable[[str, str, Mapping[str, Any]], float]
 
 
 class DriftWatch:
@@ -95,49 +96,45 @@ class DriftWatch:
         yield family
 
     def look(self) -> Ratios:
-        """One round: every published model of every server. A server that is being started again has no ratio."""
+        """One round: every published model of every server; not a number where nothing can be measured."""
         ratios = {}
         for name in published_names(self._repository):
             version = read_aliases(self._repository, name).live
-            recorded = None if version is None else self._recorded(name, version)
-            if recorded is None:
+            if version is None:
                 continue
+            recorded = self._recorded(name, version)
             for server, address in self._addresses().items():
                 for model, drift in zip(model_names(name), (scores_drift, text_drift), strict=True):
                     key = (model, str(version), server)
-                    try:
-                        ratios[key] = drift(address, model, recorded)
-                    except (InferenceServerException, urllib.error.HTTPError) as error:
-                        if getattr(error, "code", None) == BUSY:  # enough texts wait: what was known of it still holds
-                            ratios |= {one: old for one, old in self._ratios.items() if one == key}
-                        else:
-                            ratios[key] = math.inf
-                    except OSError:
-                        continue
-        self._tell(ratios)
+                    ratios[key] = math.nan if recorded is None else self._measure(key, drift, address, recorded)
+        for (model, live, server), ratio in ratios.items():
+            if ratio > 1 and not self._ratios.get((model, live, server), 0.0) > 1:
+                told = "%s of %s does not answer as the passport of version %s says: %.3g of what it allows."
+                logger.error(told, model, server, live, ratio)
         self._ratios = ratios
         return ratios
+
+    def _measure(self, key: tuple[str, str, str], drift: Drift, address: str, recorded: Mapping[str, Any]) -> float:
+        try:
+            return drift(address, key[0], recorded)
+        except urllib.error.HTTPError as error:
+            if error.code == BUSY:  # enough texts wait: what was known of it still holds
+                return self._ratios.get(key, math.nan)
+            return math.inf
+        except InferenceServerException:
+            return math.inf
+        except OSError:  # it is being started again
+            return math.nan
 
     def _watch(self) -> None:
         wait_s = 0.0
         while not self._stopping.wait(wait_s):
             try:
-                worst = max(self.look().values(), default=0.0)
-            except (OSError, ValueError, KeyError) as error:  # a version that is being removed or was damaged
-                logger.error("Drift cannot be measured: %s", error)
-                self._ratios, worst = {}, math.inf
-            wait_s = self._interval_s if worst <= 1 else min(SECOND_LOOK_S, self._interval_s)
-
-    def _tell(self, ratios: Ratios) -> None:
-        for (model, version, server), ratio in ratios.items():
-            if ratio > 1 >= self._ratios.get((model, version, server), 0.0):
-                logger.error(
-                    "%s of %s does not answer as the passport of version %s says: %.3g of what it allows.",
-                    model,
-                    server,
-                    version,
-                    ratio,
-                )
+                is_off = any(ratio > 1 for ratio in self.look().values())
+            except Exception as error:  # whatever it is, the watch must not end in silence
+                logger.error("Drift cannot be measured: %r", error)
+                self._ratios, is_off = dict.fromkeys(self._ratios, math.nan), False
+            wait_s = min(SECOND_LOOK_S, self._interval_s) if is_off else self._interval_s
 
     def _recorded(self, name: str, version: int) -> Mapping[str, Any] | None:
         passport = json.loads((self._repository / name / str(version) / PASSPORT).read_text())

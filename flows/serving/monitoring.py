@@ -96,6 +96,14 @@ def alert_rules(config: MonitorConfig) -> dict[str, Any]:
                         "passport of version {{ $labels.version }} as that allows",
                         "See what changed: python -m flows.verify with --http and --grpc.",
                     ),
+                    _alert(
+                        "DriftUnknown",
+                        f"{RATIO} != {RATIO}",  # not a number
+                        config.hold_s,
+                        "ticket",
+                        "nobody can tell whether {{ $labels.model }} of {{ $labels.server }} has drifted",
+                        "flows.serve's log says why. A passport without samples has to be made again: publish again.",
+                    ),
                 ],
             }
         ]

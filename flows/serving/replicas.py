@@ -136,7 +136,8 @@ class ReplicatedServer:
 
     def addresses(self) -> dict[str, str]:
         """`host:port` of their HTTP endpoints, by the replica's name."""
-        return {one.name: one.server.http_address for one in self.replicas if one.server is not None}
+        servers = {replica.name: replica.server for replica in self.replicas}  # they come and go in other threads
+        return {name: server.http_address for name, server in servers.items() if server is not None}
 
     def look(self) -> None:
         """Does what has been decided about versions meanwhile, and replaces a proxy that has ended."""

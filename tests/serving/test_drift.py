@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 import urllib.request
+from math import isnan
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from flows.serving.repository import PASSPORT, lock_repository
 from flows.serving.server import InferenceServer
 from tests.serving.test_canary import change_one_weight
 from tests.serving.test_monitoring import DEADLINE_S, needs_prometheus, prometheus
-from tests.serving.tiny_chain import NAME, Chain
+from tests.serving.tiny_chain import NAME, Chain, Published
 
 TEXT = f"{NAME}_text"
 
@@ -108,4 +109,17 @@ def test_prometheus_calls_when_what_is_served_is_not_what_was_proven(
             while "MillraceDrift" not in firing():
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
-    assert watch.look() == {}, "a server that has ended is no drift"
+    assert all(isnan(ratio) for ratio in watch.look().values()), "a server that has ended is no drift"
+
+
+def test_a_version_without_samples_is_not_called_right(
+    published: Published, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    repository = published.copy(tmp_path / "repo")
+    place = repository / NAME / "1" / PASSPORT
+    passport = json.loads(place.read_text())
+    del passport[RECORDED]
+    place.write_text(json.dumps(passport))
+    with DriftWatch(repository, lambda: {"a": "127.0.0.1:1"}, "127.0.0.1", 0, 60.0) as watch:
+        assert [isnan(ratio) for ratio in watch.look().values()] == [True, True]
+    assert "was published before passports held samples: its drift is not watched. Publish it again." in caplog.text

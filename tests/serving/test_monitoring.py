@@ -103,8 +103,8 @@ def cache(share: float, waiting: int) -> list[dict[str, str]]:
     ]
 
 
-def drift(ratio: float) -> list[dict[str, str]]:
-    return [series(f'{RATIO}{{model="m",version="1",server="replica-1"}}', f"{ratio}x80")]
+def drift(ratio: str) -> list[dict[str, str]]:
+    return [series(f'{RATIO}{{model="m",version="1",server="replica-1"}}', " ".join([ratio] * 81))]
 
 
 FIRES = {
@@ -114,7 +114,8 @@ FIRES = {
     "ScoresLate": scores(251_000),
     "QueueGrowing": cache(0.5, 65),
     "CacheFull": cache(0.96, 1),
-    "Drift": drift(1.01),
+    "Drift": drift("1.01"),
+    "DriftUnknown": drift("NaN"),
 }
 IS_SILENT = {
     "ServerDown": [series('up{job="millrace",instance="a:1"}', "1x80")],
@@ -123,7 +124,8 @@ IS_SILENT = {
     "ScoresLate": scores(249_000),
     "QueueGrowing": cache(0.5, 64),
     "CacheFull": cache(0.96, 0),
-    "Drift": drift(0.99),
+    "Drift": drift("0.99"),
+    "DriftUnknown": drift("+Inf"),
 }
 
 
