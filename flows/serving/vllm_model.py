@@ -129,9 +129,8 @@ def check_loaded(name: str, found: Mapping[str, Any]) -> None:
     """
 
     def refuse_unless(holds: bool, what: object, rule: str, remedy: str) -> None:
-        require(
-            holds, "manifests.vllm", True, f"cannot be done for {name}, whose checkpoint has {what}: {rule}", remedy
-        )
+        told = f"cannot be done for {name}, whose checkpoint has {what}: {rule}"
+        require(holds, "manifests.vllm", "true", told, remedy)
 
     architecture = next(iter(found.get("architectures") or []), None)
     refuse_unless(
