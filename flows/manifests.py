@@ -25,7 +25,8 @@ from ruamel.yaml import YAML
 from flows.compose import run_cli
 from flows.config import Config
 from flows.serving import compose_file, kubernetes
-from flows.serving.container import MODELS_DIR, NOT_RUN, ServedModels, write_image, write_live
+from flows.serving.container import MODELS_DIR, NOT_RUN, live_versions, write_image, write_live
+from flows.serving.releases import check_proven
 from flows.serving.repository import PASSPORT
 from flows.serving.watch import check_published
 
@@ -34,20 +35,21 @@ def manifests(config: Config) -> None:
     """Writes the directory and says what to do with it.
 
     Raises:
-        ConfigError: The repository is empty.
+        ConfigError: The repository is empty, or vLLM does not load a live version's checkpoint.
+        PassportError: `manifests.vllm`, and the artifact store lacks what a live version was made from.
         ReleaseError: A live version is not what its passport proves.
     """
     check_published(config.publish.model_repo)
     directory = config.artifacts_dir / "manifests"
     directory.mkdir(parents=True, exist_ok=True)
+    if config.manifests.vllm:
+        _write_vllm(config, directory / "vllm_repository")
     served = write_live(config.publish.model_repo, directory / "model_repository")
     write_image(config.manifests, served, directory / "image")
     compose = compose_file.compose_file(config.manifests, config.serve, served)
     _write(directory / "compose.yaml", compose_file.SCHEMA, [compose])
     objects = kubernetes.manifests(config.manifests, config.serve, served)
     _write(directory / "kubernetes.yaml", kubernetes.SCHEMA, objects)
-    if config.manifests.vllm:
-        _write_vllm(config, served, directory / "vllm_repository")
     for name, version in served.versions.items():
         print(f"{name}: {version}")
     print(f"{directory}: compose.yaml, kubernetes.yaml, image, model_repository. Not run here:")
@@ -58,13 +60,15 @@ def manifests(config: Config) -> None:
     )
 
 
-def _write_vllm(config: Config, served: ServedModels, target: Path) -> None:
+def _write_vllm(config: Config, target: Path) -> None:
     from flows.serving import vllm_model  # imports torch
     from flows.serving.reverify import read_proven
 
+    repository = config.publish.model_repo
     shutil.rmtree(target, ignore_errors=True)
-    for name, version in served.live.items():
-        proven = read_proven(config.publish.model_repo, name, version, config.artifacts_dir / "store")
+    for name, version in live_versions(repository).items():
+        check_proven(repository, name, version)
+        proven = read_proven(repository, name, version, config.artifacts_dir / "store")
         made = vllm_model.build(target, name, version, proven.config, proven.parents["model"], MODELS_DIR)
         print(f"{made}: {vllm_model.VERDICT}, see its {PASSPORT}")
 

@@ -87,6 +87,12 @@ def stop_seconds(options: ServeConfig) -> int:
     return options.exit_timeout_s + KILL_GRACE_S
 
 
+def live_versions(repository: Path) -> dict[str, int]:
+    """Of each published model that has one."""
+    found = {name: read_aliases(repository, name).live for name in published_names(repository)}
+    return {name: version for name, version in found.items() if version is not None}
+
+
 def write_live(repository: Path, target: Path) -> ServedModels:
     """Puts the versions that are live, and those to go back to, into a repository of their own, which is replaced.
 
@@ -95,22 +101,22 @@ def write_live(repository: Path, target: Path) -> ServedModels:
         target: Directory to write.
 
     Raises:
-        ConfigError: The versions are for different kinds of machines.
+        ConfigError: There is none, or they are for different kinds of machines.
         ReleaseError: A live version is not what its passport proves.
     """
-    found: dict[str, int] = {}
     passports, machines = {}, set()
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     with tempfile.TemporaryDirectory() as scratch, lock_repository(repository):
         view = ServedView(repository, Path(scratch) / "view", Pool.live)
-        models = tuple(view.refresh())
-        for name in published_names(repository):
-            if (live := read_aliases(repository, name).live) is None:
-                continue
-            check_proven(repository, name, live)
-            found[name], passports[name] = live, digest_file(repository / name / str(live) / PASSPORT)
-            settings = json.loads((repository / model_names(name)[1] / str(live) / "settings.json").read_text())
+        models, live = tuple(view.refresh()), live_versions(repository)
+        require(
+            bool(live), "publish.model_repo", repository, "has no live version", "See python -m flows.promote list."
+        )
+        for name, number in live.items():
+            check_proven(repository, name, number)
+            passports[name] = digest_file(repository / name / str(number) / PASSPORT)
+            settings = json.loads((repository / model_names(name)[1] / str(number) / "settings.json").read_text())
             machines.add(ARCHITECTURES.get(settings["platform"], settings["platform"]))
         ignored = shutil.ignore_patterns("__pycache__", ".*")
         shutil.copytree(view.path, aside, ignore=ignored, copy_function=link_or_copy)
@@ -123,7 +129,7 @@ def write_live(repository: Path, target: Path) -> ServedModels:
     )
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
-    return ServedModels(models, found, passports, machines.pop(), encrypted=any(target.rglob(f"*{SUFFIX}")))
+    return ServedModels(models, live, passports, machines.pop(), encrypted=any(target.rglob(f"*{SUFFIX}")))
 
 
 def write_image(config: ManifestsConfig, served: ServedModels, directory: Path) -> None:

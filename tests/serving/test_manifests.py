@@ -79,18 +79,20 @@ def test_the_kubernetes_objects_are_the_reviewed_ones_and_valid(case: str) -> No
 
 
 @pytest.fixture
-def write(published: Published, tmp_path: Path) -> Callable[[], Path]:
+def write(published: Published, tmp_path: Path) -> Callable[..., Path]:
     """Runs the verb on a copy of a published repository and returns its directory."""
-    repository = published.copy(tmp_path / "repo")
+    artifacts, publish = tmp_path / "artifacts", PublishConfig(model_repo=published.copy(tmp_path / "repo"))
+    artifacts.mkdir()
+    (artifacts / "store").symlink_to(published.store)
 
-    def run() -> Path:
-        manifests(Config(artifacts_dir=tmp_path / "artifacts", publish=PublishConfig(model_repo=repository)))
-        return tmp_path / "artifacts" / "manifests"
+    def run(**settings: Any) -> Path:
+        manifests(Config(artifacts_dir=artifacts, publish=publish, manifests=ManifestsConfig(**settings)))
+        return artifacts / "manifests"
 
     return run
 
 
-def test_the_live_version_is_what_is_written_and_no_candidate(write: Callable[[], Path], tmp_path: Path) -> None:
+def test_the_live_version_is_what_is_written_and_no_candidate(write: Callable[..., Path], tmp_path: Path) -> None:
     repository = tmp_path / "repo"
     with lock_repository(repository):
         for model in (NAME, TEXT):
@@ -113,7 +115,7 @@ def test_the_live_version_is_what_is_written_and_no_candidate(write: Callable[[]
     assert "onnxruntime==" in (directory / "image" / "Dockerfile").read_text()
 
 
-def test_a_version_that_is_not_what_was_proven_is_not_written(write: Callable[[], Path], tmp_path: Path) -> None:
+def test_a_version_that_is_not_what_was_proven_is_not_written(write: Callable[..., Path], tmp_path: Path) -> None:
     target = write() / "model_repository"
     before = sorted(target.rglob("*"))
     with (tmp_path / "repo" / NAME / "1" / PASSPORT).open("a") as passport:
@@ -121,6 +123,20 @@ def test_a_version_that_is_not_what_was_proven_is_not_written(write: Callable[[]
     with pytest.raises(ReleaseError, match="has changed since it was published"):
         write_live(tmp_path / "repo", target)
     assert sorted(target.rglob("*")) == before
+
+
+def test_what_vllm_does_not_load_is_refused_before_anything_is_written(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="manifests.vllm=true cannot be done for tiny, .* heads 8 wide"):
+        write(vllm=True)
+    assert list((tmp_path / "artifacts" / "manifests").iterdir()) == []
+
+
+def test_nothing_is_written_where_no_version_is_live(write: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "repo" / NAME / "1")
+    with pytest.raises(ConfigError, match="holds no published model"):
+        write()
 
 
 @pytest.mark.parametrize(
@@ -140,7 +156,7 @@ def test_what_cannot_be_is_said(settings: dict[str, Any], told: str) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.server
-def test_what_the_image_starts_is_served_closed_and_probed(write: Callable[[], Path], tmp_path: Path) -> None:
+def test_what_the_image_starts_is_served_closed_and_probed(write: Callable[..., Path], tmp_path: Path) -> None:
     """The start and the probe of the image, with the embedded server where the image has its own."""
     directory = write()
     installation = prepare_installation(tmp_path)
