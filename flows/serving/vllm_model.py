@@ -130,7 +130,7 @@ def check_loaded(name: str, found: Mapping[str, Any]) -> None:
 
     def refuse_unless(holds: bool, what: object, rule: str, remedy: str) -> None:
         told = f"cannot be done for {name}, whose checkpoint has {what}: {rule}"
-        require(holds, "manifests.vllm", "true", told, remedy)
+        require(holds, "manifests.vllm", True, told, remedy)
 
     architecture = next(iter(found.get("architectures") or []), None)
     refuse_unless(

@@ -110,7 +110,7 @@ def test_schemes_that_vllm_knows_are_written(make: Make, tmp_path: Path, scheme:
 def test_what_vllm_does_not_load_is_refused(
     make: Make, tmp_path: Path, shape: dict[str, Any], settings: dict[str, Any], told: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"manifests.vllm=true cannot be done for {NAME}, whose checkpoint {told}"):
+    with pytest.raises(ConfigError, match=f"manifests.vllm=True cannot be done for {NAME}, whose checkpoint {told}"):
         build(tmp_path, make(replace(SHAPE, **shape), **settings))
     assert not (tmp_path / "vllm").exists()
 
