@@ -15,6 +15,9 @@ class MonitorConfig:
     targets: tuple[str, ...] = ()
     """Metrics addresses, host:port, of what to watch; empty = `serve.host` with `serve.metrics_port` and
     `serve.drift_port`."""
+    drift_of: tuple[str, ...] = ()
+    """HTTP addresses, host:port, of servers that flows.serve does not run, in containers say: they are asked their
+    passports' samples, until Ctrl-C, as `serve.drift_port` and `serve.drift_interval_s` say; empty = nobody is."""
     scrape_interval_s: int = 5
     """How often each server is asked for its numbers."""
     hold_s: int = 60
@@ -47,11 +50,15 @@ class MonitorConfig:
             f"must span four times monitor.scrape_interval_s={self.scrape_interval_s} or more: a rate needs samples",
             f"Set monitor.window_s={4 * self.scrape_interval_s}.",
         )
-        for target in self.targets:
-            require(
-                re.fullmatch(r"[^\s/]+:\d+", target) is not None,
-                "monitor.targets",
-                target,
-                "must be host:port, of a server's metrics",
-                "Set monitor.targets=[127.0.0.1:8002].",
-            )
+        for field, addresses, what, port in (
+            ("targets", self.targets, "a server's metrics", 8002),
+            ("drift_of", self.drift_of, "a server's HTTP endpoint", 8000),
+        ):
+            for address in addresses:
+                require(
+                    re.fullmatch(r"[^\s/]+:\d+", address) is not None,
+                    f"monitor.{field}",
+                    address,
+                    f"must be host:port, of {what}",
+                    f"Set monitor.{field}=[127.0.0.1:{port}].",
+                )

@@ -101,7 +101,7 @@ def write_live(repository: Path, target: Path) -> ServedModels:
         target: Directory to write.
 
     Raises:
-        ConfigError: There is none, or they are for different kinds of machines.
+        ConfigError: They are for different kinds of machines.
         ReleaseError: A live version is not what its passport proves.
     """
     passports, machines = {}, set()

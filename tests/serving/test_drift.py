@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 import urllib.request
 from math import isnan
@@ -123,3 +125,26 @@ def test_a_version_without_samples_is_not_called_right(
     with DriftWatch(repository, lambda: {"a": "127.0.0.1:1"}, "127.0.0.1", 0, 60.0) as watch:
         assert [isnan(ratio) for ratio in watch.look().values()] == [True, True]
     assert "was published before passports held samples: its drift is not watched. Publish it again." in caplog.text
+
+
+@pytest.mark.exhaustive
+@pytest.mark.server
+def test_servers_that_somebody_else_runs_are_asked_by_the_monitor(
+    server: InferenceServer, repository: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "flows.monitor", f"monitor.drift_of=[{server.http_address}]", "serve.drift_port=0"]
+    command += [f"publish.model_repo={repository}", f"artifacts_dir={tmp_path}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = next(line for line in process.stdout if line.startswith("Drift: "))
+        url = told.removeprefix("Drift: ").partition(". ")[0]
+        page, deadline = "", time.monotonic() + DEADLINE_S
+        while RATIO not in page.replace(f"# HELP {RATIO}", "").replace(f"# TYPE {RATIO}", ""):
+            assert time.monotonic() < deadline, page
+            with urllib.request.urlopen(url) as response:
+                page = response.read().decode()
+        process.terminate()
+    assert process.returncode == 0
+    ratios = [float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(f"{RATIO}{{")]
+    assert len(ratios) == 2
+    assert max(ratios) <= 1
