@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 RATIO = "millrace_drift_ratio"
 SECOND_LOOK_S = 5.0
 """A difference is looked at again so soon: the server may just be switching to another version."""
+STOP_S = 2.0
+"""The way out waits so long for an answer: a server that hangs must not hold it up."""
 Ratios = Mapping[tuple[str, str, str], float]
 """By model, live version and server."""
 Drift = Callable[[str, str, Mapping[str, Any]], float]
@@ -85,7 +87,7 @@ class DriftWatch:
         self._stopping.set()
         self._endpoint.shutdown()
         self._endpoint.server_close()
-        self._thread.join()
+        self._thread.join(STOP_S)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """What Prometheus is told."""
