@@ -25,7 +25,7 @@ from flows.serving.repository import PASSPORT, lock_repository
 from flows.serving.server import InferenceServer
 from tests.serving.test_canary import change_one_weight
 from tests.serving.test_monitoring import DEADLINE_S, needs_prometheus, prometheus
-from tests.serving.tiny_chain import NAME, Chain, Published
+from tests.serving.tiny_chain import NAME, Chain
 
 TEXT = f"{NAME}_text"
 
@@ -114,10 +114,7 @@ def test_prometheus_calls_when_what_is_served_is_not_what_was_proven(
     assert all(isnan(ratio) for ratio in watch.look().values()), "a server that has ended is no drift"
 
 
-def test_a_version_without_samples_is_not_called_right(
-    published: Published, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    repository = published.copy(tmp_path / "repo")
+def test_a_version_without_samples_is_not_called_right(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
     place = repository / NAME / "1" / PASSPORT
     passport = json.loads(place.read_text())
     del passport[RECORDED]
