@@ -22,7 +22,8 @@ from flows.model.decoder import Decoder, initialize
 from flows.serving import config_pbtxt, vllm_model
 from flows.serving.releases import ReleaseError, check_proven
 from flows.serving.repository import PASSPORT
-from tests.serving.tiny_chain import NAME, Published
+from tests.serving import made_up_repository
+from tests.serving.tiny_chain import NAME
 from tests.serving.tiny_chain import PASSPORT as PROVEN
 from tests.serving.tiny_model import SEQUENCE_LENGTH, VOCAB_SIZE, artifact, make_tokenizer
 
@@ -83,12 +84,13 @@ def test_what_is_written_is_the_backends_and_says_that_it_is_not_verified(make: 
         assert (place / "checkpoint" / file).read_bytes() == (model.path / file).read_bytes()
 
 
-def test_what_is_not_verified_is_not_released(make: Make, published: Published, tmp_path: Path) -> None:
-    repository = published.copy(tmp_path / "repo")
+def test_what_is_not_verified_is_not_released(make: Make, tmp_path: Path) -> None:
+    repository = tmp_path / "repo"
+    made_up_repository.add_version(repository, 1)
     place = build(tmp_path, make()) / "3"
-    (repository / NAME / "1" / PASSPORT).write_bytes((place / PASSPORT).read_bytes())
+    (repository / made_up_repository.NAME / "1" / PASSPORT).write_bytes((place / PASSPORT).read_bytes())
     with pytest.raises(ReleaseError, match=r"says 'not verified', not 'passed'\. This version is not released"):
-        check_proven(repository, NAME, 1)
+        check_proven(repository, made_up_repository.NAME, 1)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16", "fp8"])
