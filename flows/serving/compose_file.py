@@ -19,7 +19,7 @@ def compose_file(config: ManifestsConfig, options: ServeConfig, served: ServedMo
     server that ends; one that only stops to infer it shows as unhealthy.
     """
     host = f"[{options.server_host}]" if ":" in options.server_host else options.server_host
-    ports = {options.http_port: HTTP_PORT, options.grpc_port: GRPC_PORT, options.metrics_port: METRICS_PORT}
+    ports = {HTTP_PORT: options.http_port, GRPC_PORT: options.grpc_port, METRICS_PORT: options.metrics_port}
     resources: dict[str, Any] = {"limits": {"cpus": str(config.cpus), "memory": f"{config.memory_mb}m"}}
     if config.gpus:
         devices = [{"driver": "nvidia", "count": config.gpus, "capabilities": ["gpu"]}]
@@ -32,7 +32,7 @@ def compose_file(config: ManifestsConfig, options: ServeConfig, served: ServedMo
         "command": served.arguments(options),
         **({"environment": secrets} if secrets else {}),
         "labels": {f"millrace.{name}": version for name, version in served.versions.items()},
-        "ports": [f"{host}:{outside or ''}:{inside}" for outside, inside in ports.items()],
+        "ports": [f"{host}:{outside or ''}:{inside}" for inside, outside in ports.items()],
         "volumes": [{"type": "bind", "source": "./model_repository", "target": MODELS_DIR, "read_only": True}],
         "user": f"{config.user_id}:{config.user_id}",
         "read_only": True,

@@ -67,6 +67,12 @@ def test_the_compose_file_is_the_reviewed_one_and_valid(case: str) -> None:
         check_compose(content)
 
 
+def test_free_ports_are_left_to_docker() -> None:
+    content = compose_file(ManifestsConfig(), ServeConfig(http_port=0, grpc_port=0), SERVED)
+    assert content["services"]["server"]["ports"] == ["127.0.0.1::8000", "127.0.0.1::8001", "127.0.0.1:8002:8002"]
+    check_compose(content)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_kubernetes_objects_are_the_reviewed_ones_and_valid(case: str) -> None:
     objects = kubernetes.manifests(*CASES[case])
