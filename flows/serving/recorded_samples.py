@@ -35,7 +35,7 @@ def record_samples(
         first_row: The first input of the reference that is made up; those before it hold somebody's text.
         text_tolerance: Of the scores behind the texts.
     """
-    samples = []
+    samples: list[dict[str, Any]] = []
     shortest = min(reference.logits_NV)
     for length in (one for one in sorted(reference.logits_NV) if one <= max(shortest, LONGEST_SAMPLE_TOKENS)):
         row = first_row + len(samples) % (len(reference.ids_NL) - first_row)
@@ -74,7 +74,7 @@ def scores_drift(address: str, model: str, recorded: Mapping[str, Any]) -> float
             if len(scores_V) <= max(sample["token_ids"]):
                 return math.inf
             worst = _worse(worst, np.abs(scores_V[sample["token_ids"]] - np.array(sample["scores"])).max())
-    return worst / recorded["tolerance"]
+    return worst / float(recorded["tolerance"])
 
 
 def text_drift(address: str, model: str, recorded: Mapping[str, Any]) -> float:
@@ -94,7 +94,7 @@ def text_drift(address: str, model: str, recorded: Mapping[str, Any]) -> float:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             answer = json.loads(response.read())
         worst = _worse(worst, np.max(np.abs(answer["log_probabilities"] - np.float64(sample["log_probability"]))))
-    return worst / (2 * recorded["text_tolerance"])
+    return worst / (2 * float(recorded["text_tolerance"]))
 
 
 def _worse(worst: float, difference: float) -> float:
