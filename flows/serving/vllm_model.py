@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped"
 """A published version's checkpoint as a model of the inference server's vLLM backend, which nobody has proven.
 
 `<name>_vllm` beside the proven models: config.pbtxt, and in its version directory the engine's arguments (model.json),
