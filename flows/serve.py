@@ -19,13 +19,14 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from flows.config import Config
 from flows.config.serving import LOOPBACK, ServeConfig
+from flows.serving.drift import DriftWatch
 from flows.serving.installation import check_server_available
 from flows.serving.repository import TEXT_SUFFIX, lock_repository
 from flows.serving.served_view import Pool, ServedView
@@ -33,6 +34,9 @@ from flows.serving.server import PREFIX, InferenceServer
 from flows.serving.watch import RepositoryWatcher, check_published
 
 logger = logging.getLogger(__name__)
+
+SERVER = "server"
+"""What the only one is called, where there are no replicas."""
 
 
 def serve(config: Config) -> None:
@@ -77,8 +81,10 @@ def _serve_alone(config: Config, directory: Path, stop: threading.Event, running
                 tracing=options.tracing,
             )
         )
+    drift = running.enter_context(drift_watch(config, lambda: {SERVER: server.http_address}))
     found = f"HTTP http://{server.http_address}  gRPC {server.grpc_address}  metrics http://{server.metrics_address}"
-    logger.info("%s", ready_message(f"{found}/metrics  log {server.log_path}", server, server.http_address))
+    found += f"/metrics  drift http://{drift.address}/metrics  log {server.log_path}"
+    logger.info("%s", ready_message(found, server, server.http_address))
     if options.openai_port is not None:
         from flows.serving.openai_server import OpenAIServer  # imports a web framework
 
@@ -126,7 +132,9 @@ def _serve_replicas(config: Config, directory: Path, stop: threading.Event, runn
     )
     scheme = "https" if options.tls_certificate_path else "http"
     found = f"HTTP {scheme}://{service.http_address}  gRPC {service.grpc_address}  metrics http://"
-    found += f"{service.metrics_address}/metrics, /metrics/{service.replicas[0].name}  logs {config.artifacts_dir}"
+    drift = running.enter_context(drift_watch(config, service.addresses))
+    found += f"{service.metrics_address}/metrics, /metrics/{service.replicas[0].name}  "
+    found += f"drift http://{drift.address}/metrics  logs {config.artifacts_dir}"
     server = service.servers()[0]
     secrets: Sequence[str] = ["-H 'Authorization: Bearer KEY'"] if keys else []
     address = service.http_address
@@ -147,6 +155,13 @@ def _serve_replicas(config: Config, directory: Path, stop: threading.Event, runn
         logger.info("OpenAI-compatible: base_url=%s://%s/v1", scheme, service.openai_address)
     while not stop.wait(options.poll_interval_s):
         service.look()
+
+
+def drift_watch(config: Config, addresses: Callable[[], Mapping[str, str]]) -> DriftWatch:
+    """What compares the servers' answers with the passports'."""
+    options = config.serve
+    host, port, interval_s = options.server_host, options.drift_port, options.drift_interval_s
+    return DriftWatch(config.publish.model_repo, addresses, host, port, interval_s)
 
 
 def exposed(options: ServeConfig) -> str:

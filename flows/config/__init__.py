@@ -13,6 +13,7 @@ from flows.config.engine import EngineConfig
 from flows.config.hardware import PlanConfig
 from flows.config.json_form import flat_settings, from_json, from_plain, to_json, to_plain, with_settings
 from flows.config.launcher import LauncherConfig
+from flows.config.manifests import ManifestsConfig
 from flows.config.model import Architecture, Family, ModelConfig
 from flows.config.monitoring import MonitorConfig
 from flows.config.predict import PredictConfig
@@ -68,6 +69,7 @@ class Config:
     serve: ServeConfig = field(default_factory=ServeConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    manifests: ManifestsConfig = field(default_factory=ManifestsConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
 
     def __post_init__(self) -> None:

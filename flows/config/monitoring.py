@@ -12,7 +12,11 @@ class MonitorConfig:
     """What `python -m flows.monitor` writes for Prometheus and Grafana."""
 
     targets: tuple[str, ...] = ()
-    """Metrics addresses, host:port, of the servers to watch; empty = the one of `serve.host`, `serve.metrics_port`."""
+    """Metrics addresses, host:port, of what to watch; empty = `serve.host` with `serve.metrics_port` and
+    `serve.drift_port`."""
+    drift_of: tuple[str, ...] = ()
+    """HTTP addresses, host:port, of servers that flows.serve does not run, in containers say: they are asked their
+    passports' samples, until Ctrl-C, as `serve.drift_port` and `serve.drift_interval_s` say; empty = nobody is."""
     scrape_interval_s: int = 5
     """How often each server is asked for its numbers."""
     hold_s: int = 60
@@ -47,3 +51,7 @@ class MonitorConfig:
         )
         for target in self.targets:
             require_address("monitor.targets", target, "of a server's metrics", "Set monitor.targets=[127.0.0.1:8002].")
+        for address in self.drift_of:
+            require_address(
+                "monitor.drift_of", address, "of a server's HTTP endpoint", "Set monitor.drift_of=[127.0.0.1:8000]."
+            )

@@ -204,12 +204,17 @@ class ServeConfig:
     """Seconds between two inferences with which each replica's health is found out."""
     probe_timeout_s: float = 60.0
     """A replica that answers no inference for so many seconds is killed and started again."""
+    drift_port: int = 8003
+    """Of the metrics that say how far every server has drifted from the answers that its passport recorded."""
+    drift_interval_s: float = 60.0
+    """Seconds between two rounds in which every server is asked the passport's samples."""
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     tracing: TracingConfig = field(default_factory=TracingConfig)
 
     def __post_init__(self) -> None:
         seconds = ["startup_timeout_s", "exit_timeout_s", "poll_interval_s", "probe_interval_s", "probe_timeout_s"]
-        require_positive("serve", self, [*seconds, "max_body_bytes", "max_connections"])
+        counts = ["drift_interval_s", "max_body_bytes", "max_connections"]
+        require_positive("serve", self, [*seconds, *counts])
         require(
             0 <= self.replicas <= MAX_REPLICAS,
             "serve.replicas",
@@ -224,7 +229,7 @@ class ServeConfig:
             "needs the proxy, and serve.replicas=0 has none: the server's own HTTP has no TLS",
             "Set serve.replicas=1 or more.",
         )
-        names = ("http_port", "grpc_port", "metrics_port", "openai_port")
+        names = ("http_port", "grpc_port", "metrics_port", "drift_port", "openai_port")
         ports = [getattr(self, name) or 0 for name in names]
         for name, port in zip(names, ports, strict=True):
             require(

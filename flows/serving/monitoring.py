@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flows.config.monitoring import MonitorConfig
+from flows.serving.drift import RATIO
 
 JOB = "millrace"
 FAILED = "failed|queue_full|deadline"
@@ -86,6 +87,23 @@ def alert_rules(config: MonitorConfig) -> dict[str, Any]:
                         "texts of {{ $labels.model }} wait for room in the cache at {{ $labels.instance }}",
                         "Raise export.cache_mb and publish again.",
                     ),
+                    _alert(
+                        "Drift",
+                        f"{RATIO} > 1",
+                        config.hold_s,
+                        "page",
+                        "{{ $labels.model }} of {{ $labels.server }} is {{ $value | humanize }} times as far from the "
+                        "passport of version {{ $labels.version }} as that allows",
+                        "See what changed: python -m flows.verify with --http and --grpc.",
+                    ),
+                    _alert(
+                        "DriftUnknown",
+                        f"{RATIO} != {RATIO}",  # not a number
+                        config.hold_s,
+                        "ticket",
+                        "nobody can tell whether {{ $labels.model }} of {{ $labels.server }} has drifted",
+                        "flows.serve's log says why. A passport without samples has to be made again: publish again.",
+                    ),
                 ],
             }
         ]
@@ -110,6 +128,7 @@ def dashboard(config: MonitorConfig) -> dict[str, Any]:
         _panel("Texts generated together", "millrace_texts_running", "short", "{{instance}}"),
         _panel("Requests in line", waiting(), "short", "{{model}} {{instance}}"),
         _panel("Cache reserved", "millrace_cache_used_ratio", "percentunit", "{{instance}}"),
+        _panel("Drift over what passports allow", RATIO, "short", "{{model}} {{version}} {{server}}"),
         _panel("Processor", "nv_cpu_utilization", "percentunit", "{{instance}}"),
         _panel("Memory", "nv_cpu_memory_used_bytes", "bytes", "{{instance}}"),
     ]

@@ -29,6 +29,7 @@ from flows.serving.config_check import check_served_configs, expected_configs, s
 from flows.serving.edge_check import check_refusals, check_special_tokens, special_inputs
 from flows.serving.endpoint import Endpoint
 from flows.serving.entry import FILES, REPOSITORY, STAGED_VERSION, read_files, version_digests
+from flows.serving.recorded_samples import RECORDED, record_samples
 from flows.serving.repository import PASSPORT, model_names
 from flows.serving.scores_check import Check, Reference, check_scores, make_reference
 from flows.serving.text_check import Checkpoint, Served, check_text
@@ -213,6 +214,9 @@ def state(
         "config": to_plain(expected.config),
         "seeds": {"configured": expected.config.seed, "fresh": expected.fresh_seed},
         "inputs": dict(expected.inputs),
+        RECORDED: record_samples(
+            expected.reference, expected.checkpoint, expected.inputs["real"], expected.text_tolerance
+        ),
         "passed_by_check": Counter(check.name for check in checks if check.passed),
         "skipped": dict(skipped),
         "digests": {

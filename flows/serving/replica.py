@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 from flows.config import ConfigError
 from flows.config.serving import ServeConfig
 from flows.serving.deaths import DeathWatch
 from flows.serving.installation import ServerError
+from flows.serving.probe import infer
 from flows.serving.proxy import Proxy
 from flows.serving.proxy_config import LONGEST_ANSWER_S
-from flows.serving.repository import TEXT_SUFFIX
 from flows.serving.served_view import ServedView
 from flows.serving.server import InferenceServer
 from flows.serving.suspicion import Suspicion
@@ -25,8 +20,6 @@ from flows.serving.suspicion import Suspicion
 logger = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = 1.0
-BUSY = 503
-"""Status with which the text model refuses when enough texts wait: it lives."""
 
 
 class Replica:
@@ -171,30 +164,7 @@ class Replica:
         for model in list(self._loaded):
             try:
                 with Suspicion(self._proxy, self.name, server, model, self._options.probe_interval_s):
-                    _infer(server.http_address, model, self._options.probe_timeout_s)
+                    infer(server.http_address, model, self._options.probe_timeout_s)
             except (OSError, ValueError) as error:
-                if isinstance(error, urllib.error.HTTPError) and error.code == BUSY:
-                    continue
                 return f"{model} does not infer: {error}"
         return ""
-
-
-def _infer(address: str, model: str, timeout_s: float) -> None:
-    place = f"http://{address}/v2/models/{model}"
-    if model.endswith(TEXT_SUFFIX):
-        _post(f"{place}/generate", {"text_input": "a", "max_tokens": 1}, timeout_s)
-        return
-    with urllib.request.urlopen(place, timeout=timeout_s) as response:
-        described = json.loads(response.read())
-    inputs = []
-    for one in described["inputs"]:
-        shape = [max(1, size) for size in one["shape"]]
-        data = [1] * math.prod(shape)
-        inputs.append({"name": one["name"], "datatype": one["datatype"], "shape": shape, "data": data})
-    _post(f"{place}/infer", {"inputs": inputs}, timeout_s)
-
-
-def _post(url: str, body: dict[str, Any], timeout_s: float) -> None:
-    request = urllib.request.Request(url, json.dumps(body).encode(), method="POST")
-    with urllib.request.urlopen(request, timeout=timeout_s) as response:
-        response.read()

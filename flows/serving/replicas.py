@@ -134,6 +134,11 @@ class ReplicatedServer:
         """The servers of the live version that serve at the moment."""
         return [replica.server for replica in self.replicas if replica.server is not None]
 
+    def addresses(self) -> dict[str, str]:
+        """`host:port` of their HTTP endpoints, by the replica's name."""
+        servers = {replica.name: replica.server for replica in self.replicas}  # they come and go in other threads
+        return {name: server.http_address for name, server in servers.items() if server is not None}
+
     def look(self) -> None:
         """Does what has been decided about versions meanwhile, and replaces a proxy that has ended."""
         if self.proxy.ensure_running():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,14 @@ def version_dirs(model_dir: Path) -> list[Path]:
     if not model_dir.is_dir():
         return []
     return [path for path in model_dir.iterdir() if path.is_dir() and re.fullmatch(r"[1-9][0-9]*", path.name)]
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """One file in two places, or a copy where the file system cannot do that; as a `copy_function` of shutil."""
+    try:
+        os.link(os.path.realpath(source), target)  # of what a symbolic link points to
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
 
 
 @contextmanager

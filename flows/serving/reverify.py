@@ -6,7 +6,6 @@ compared with its manifest, and new inputs are asked of the server.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
@@ -39,7 +38,7 @@ from flows.serving.proof import (
     staged_files,
     state,
 )
-from flows.serving.repository import PASSPORT, model_names
+from flows.serving.repository import PASSPORT, link_or_copy, model_names
 from flows.serving.scores_check import Check
 from flows.serving.server import InferenceServer
 
@@ -195,15 +194,8 @@ def copy_version(repository: Path, models: Sequence[str], version: int, target: 
     others = {str(path.name) for name in models for path in (repository / name).glob("[0-9]*")} - {str(version)}
     for name in models:
         ignore = shutil.ignore_patterns(*others, ".*", "__pycache__")
-        shutil.copytree(repository / name, target / name, ignore=ignore, copy_function=_link)
+        shutil.copytree(repository / name, target / name, ignore=ignore, copy_function=link_or_copy)
     return target
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
 
 
 def _check_serves(endpoint: Endpoint, models: Sequence[str], version: int) -> None:

@@ -97,6 +97,11 @@ class Checkpoint:
                 leads.append(float(best.values[0] - best.values[1]))
         return new, leads
 
+    def best_log_probability(self, ids: Sequence[int]) -> float:
+        """Of the likeliest token after these."""
+        with torch.no_grad():
+            return float(self.model(torch.tensor([ids]))[0, -1].log_softmax(-1).max())
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of new tokens, the end of text left out."""
         return str(self.tokenizer.decode([one for one in ids if one != self.eos_token_id], skip_special_tokens=False))

@@ -35,7 +35,7 @@ from pathlib import Path
 from flows.config import Config
 from flows.config.serving import PublishConfig, ServeConfig
 from flows.serve import serve
-ports = ServeConfig(http_port=0, grpc_port=0, metrics_port=0, poll_interval_s=0.2, exit_timeout_s=2)
+ports = ServeConfig(http_port=0, grpc_port=0, metrics_port=0, drift_port=0, poll_interval_s=0.2, exit_timeout_s=2)
 serve(Config(artifacts_dir=Path(sys.argv[2]), publish=PublishConfig(model_repo=Path(sys.argv[1])), serve=ports))
 """
 DEADLINE_S = 60
