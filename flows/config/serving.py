@@ -25,6 +25,13 @@ class CacheDtype(StrEnum):
     int8 = "int8"
 
 
+class Pooling(StrEnum):
+    """How the hidden states of a text's tokens become its embedding."""
+
+    mean = "mean"
+    last = "last"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """One candidate to a runnable program and its model repository entry."""
@@ -49,6 +56,9 @@ class ExportConfig:
     """Megabytes (10^6 bytes) for keys and values of all running texts; each reserves all that it may need."""
     cache_dtype: CacheDtype = CacheDtype.float32
     """`float32`, or `int8` with a code step for each token and head: 4 K / (K + 4) x the tokens at head width K."""
+    pooling: Pooling = Pooling.mean
+    """What of the last layer's hidden states, after the final norm, is a text's embedding: the `mean` of all its tokens
+    (Sentence-BERT, arXiv:1908.10084) or the `last` token's; always scaled to length 1."""
     encrypt_weights: bool = False
     """Encrypt what is published (AES-256-GCM). The key is 64 hexadecimal digits in MILLRACE_WEIGHTS_KEY, or in a file
     that MILLRACE_WEIGHTS_KEY_PATH names and nobody else may read: when it is published, and where it is served."""
