@@ -168,7 +168,11 @@ PLANTS = (
     ),
     Plant(
         "a given text scored one token late",
-        _edit_source("continuous_batching.py", "text.ids[first + 1 :", "text.ids[first:"),
+        _edit_source(
+            "continuous_batching.py",
+            "text.ids[first + 1 : text.prompt_tokens]",
+            "text.ids[first : text.prompt_tokens - 1]",
+        ),
         in_text=True,
     ),
 )
