@@ -14,6 +14,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 from flows.config import ConfigError
 from flows.config.serving import ServeConfig
@@ -23,6 +24,7 @@ from flows.serving.client import Client, Transport
 from flows.serving.openai_server import OpenAIServer
 from flows.serving.server import InferenceServer
 from tests.serving.tiny_chain import EXPORT, NAME, Chain
+from tests.serving.tiny_model import SEQUENCE_LENGTH
 
 pytestmark = pytest.mark.server
 KEY = "a-key"
@@ -162,6 +164,41 @@ def test_a_given_text_is_scored(client: openai.OpenAI, server: InferenceServer) 
         assert value == top[token] or "\ufffd" in token  # halves of characters are spelled alike
         assert value <= max(top.values())
     assert (more.token_logprobs or [])[-1] == max((more.top_logprobs or [])[-1].values()), "it was chosen greedily"
+
+
+def test_the_harness_measures_a_served_model_as_it_measures_the_candidate(
+    address: str, chain: Chain, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from flows.compression.candidate import load_candidate
+    from flows.evaluation.harness import CandidateLM
+
+    shutil.copy(chain.tokenizer.path / "tokenizer.json", tmp_path)
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    served = LocalCompletionsAPI(
+        base_url=f"http://{address}/v1/completions",
+        model=NAME,
+        tokenizer=str(tmp_path),
+        tokenizer_backend="huggingface",
+        header={"Authorization": f"Bearer {KEY}"},
+        max_length=SEQUENCE_LENGTH + 1,
+        batch_size=3,
+    )
+    candidate = CandidateLM(load_candidate(chain.model.path), chain.tokenizer.path, SEQUENCE_LENGTH)
+    greedy = candidate.tok_encode("def")
+    next_token = int(load_candidate(chain.model.path)(torch.tensor([greedy]))[0, -1].argmax())
+    pairs = [(greedy, [next_token]), (greedy, [7, 8, 9]), ([5] * 20, [6] * 12), ([3], [4])]
+    expected = candidate._loglikelihood_tokens([(None, *pair) for pair in pairs])
+    found = served._loglikelihood_tokens([(("x", str(number)), *pair) for number, pair in enumerate(pairs)])
+    assert [greedily for _, greedily in found] == [greedily for _, greedily in expected]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
+    assert found[0][1], "what is most likely was taken"
+    rolling = [Instance("loglikelihood_rolling", {}, ("return self.value",), 0)]
+    assert served.loglikelihood_rolling(rolling) == pytest.approx(candidate.loglikelihood_rolling(rolling), abs=1e-3)
 
 
 def test_the_likeliest_of_a_chat_are_named(client: openai.OpenAI) -> None:
