@@ -183,8 +183,9 @@ class ServeConfig:
     grpc_port: int = 8001
     metrics_port: int = 8002
     openai_port: int | None = None
-    """Of the public endpoint: an HTTP interface like OpenAI's (/v1/completions, /v1/chat/completions, /v1/models), and
-    health, metadata and inference below /v2, each request checked before the server sees it; null = none, 0 = any."""
+    """Of the public endpoint: an HTTP interface like OpenAI's (/v1/completions, /v1/chat/completions, /v1/embeddings,
+    /v1/models), and health, metadata and inference below /v2, each request checked before the server sees it;
+    null = none, 0 = any."""
     api_keys_path: Path | None = None
     """File of keys, one a line, one of which requests to that endpoint must carry, and all requests where
     serve.replicas puts a proxy before the servers (`Authorization: Bearer`); nobody else may read it."""
