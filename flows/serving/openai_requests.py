@@ -25,7 +25,7 @@ def _as_texts(given: Texts) -> list[str] | list[list[int]]:
     if isinstance(given, str):
         return [given]
     if given and isinstance(given[0], int):
-        return [given]  # type: ignore[list-item]
+        return [given]
     return given  # type: ignore[return-value]
 
 

@@ -325,7 +325,9 @@ class Metrics:
 
 def describe(likelihoods: Likelihoods, first: int, kind: str) -> dict[str, Any]:
     """Outputs for the tokens from number `first` on; `kind` goes before their names."""
-    outputs = {f"{kind}log_probabilities": np.array(likelihoods.log_probabilities[first:], dtype=np.float32)}
+    outputs: dict[str, Any] = {
+        f"{kind}log_probabilities": np.array(likelihoods.log_probabilities[first:], dtype=np.float32)
+    }
     if likelihoods.alternatives:
         shape = (-1, likelihoods.alternatives)
         ids = np.array(likelihoods.top_ids[first:], dtype=np.int64)

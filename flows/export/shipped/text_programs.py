@@ -31,10 +31,6 @@ class Text(Protocol):
     computed: int
     """How many of them have been computed."""
     pages: list[int]
-    scores_prompt: bool
-    """Whether scores are wanted after every token of the prompt; else after the last one that is computed."""
-    reads_states: bool
-    """Whether hidden states of the prompt are wanted."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -43,6 +39,14 @@ class Text(Protocol):
     @property
     def most_tokens(self) -> int:
         """How many will be computed at most."""
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether scores are wanted after every token of the prompt; else after the last one that is computed."""
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether hidden states of the prompt are wanted."""
 
 
 @dataclass(frozen=True)
