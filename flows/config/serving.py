@@ -26,6 +26,13 @@ class CacheDtype(StrEnum):
     fp8 = "fp8"
 
 
+class Pooling(StrEnum):
+    """How the hidden states of a text's tokens become its embedding."""
+
+    mean = "mean"
+    last = "last"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """One candidate to a runnable program and its model repository entry."""
@@ -52,6 +59,9 @@ class ExportConfig:
     cache_dtype: CacheDtype = CacheDtype.float32
     """`float32`, or with a code step for each token and head, 4 K / (K + 4) x the tokens at head width K: `int8`, or
     `fp8` (E4M3), which keeps less of large numbers and more of small ones."""
+    pooling: Pooling = Pooling.mean
+    """What of the last layer's hidden states, after the final norm, is a text's embedding: the `mean` of all its tokens
+    (Sentence-BERT, arXiv:1908.10084) or the `last` token's; always scaled to length 1."""
     encrypt_weights: bool = False
     """Encrypt what is published (AES-256-GCM). The key is 64 hexadecimal digits in MILLRACE_WEIGHTS_KEY, or in a file
     that MILLRACE_WEIGHTS_KEY_PATH names and nobody else may read: when it is published, and where it is served."""
@@ -181,8 +191,9 @@ class ServeConfig:
     metrics_port: int = 8002
     """Of its metrics, in Prometheus' format."""
     openai_port: int | None = None
-    """Of the public endpoint: an HTTP interface like OpenAI's (/v1/completions, /v1/chat/completions, /v1/models), and
-    health, metadata and inference below /v2, each request checked before the server sees it; null = none, 0 = any."""
+    """Of the public endpoint: an HTTP interface like OpenAI's (/v1/completions, /v1/chat/completions, /v1/embeddings,
+    /v1/models), and health, metadata and inference below /v2, each request checked before the server sees it;
+    null = none, 0 = any."""
     api_keys_path: Path | None = None
     """File of keys, one a line, one of which requests to that endpoint must carry, and all requests where
     serve.replicas puts a proxy before the servers (`Authorization: Bearer`); nobody else may read it."""

@@ -6,8 +6,8 @@ The pages of all texts are one pool per layer, so that texts of any length share
 alike share their first pages (PagedAttention, arXiv:2309.06180). The program reads pages and returns the keys and
 values of the new tokens; whoever runs it writes them to their place.
 
-Shape letters: B rows, S new tokens of a row, M pages of a row, T tokens of a page, P = M x T, N layers, G key and value
-heads, K width of a head, V vocabulary.
+Shape letters: B rows, S new tokens of a row, R scored tokens of all rows, M pages of a row, T tokens of a page,
+P = M x T, N layers, G key and value heads, K width of a head, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ class _Ids:
     most_tokens: int
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    scores_prompt: bool = False
+    reads_states: bool = False
 
 
 class _TokenByToken:
@@ -92,7 +94,8 @@ class _TokenByToken:
             self._program.open(text)
         counts = [-(-(len(text.ids) - text.computed) // 2) for text in texts]
         while running := [row for row, count in enumerate(counts) if count]:
-            scores[running] = self._program.run([texts[row] for row in running], [counts[row] for row in running])
+            steps = self._program.run([texts[row] for row in running], [counts[row] for row in running])
+            scores[running] = [step.logits[-1] for step in steps]
             counts = [min(1, len(text.ids) - text.computed) for text in texts]
         for text in texts:
             self._program.close(text)
@@ -100,7 +103,7 @@ class _TokenByToken:
 
 
 class GenerationStep(nn.Module):
-    """Scores of the token after each row's last new one, and the new tokens' keys and values.
+    """Scores of the tokens after chosen new ones, the new tokens' keys and values, and what they look like at the end.
 
     Args:
         model: Any decoder, floating-point or of few bits; its attention layers are told to look at pages from then on.
@@ -120,13 +123,14 @@ class GenerationStep(nn.Module):
             self.register_buffer("numbers", torch.arange(256).to(torch.uint8).view(FP8)[:, None])
 
     def forward(
-        self, input_ids: Tensor, new_lengths: Tensor, past_lengths: Tensor, page_table: Tensor, *pages: Tensor
+        self, input_ids: Tensor, scored: Tensor, past_lengths: Tensor, page_table: Tensor, *pages: Tensor
     ) -> tuple[Tensor, ...]:
-        """Scores [B, V] and the new keys and values, each [N, B, S, G, K]; of codes also their steps [N, B, S, G, 1].
+        """Scores [R, V]; new keys and values, each [N, B, S, G, K], of codes also their steps [N, B, S, G, 1]; and the
+        new tokens' hidden states after the final norm [B, S, D].
 
         Args:
             input_ids: New tokens [B, S], int64, padded on the right.
-            new_lengths: How many of them are real [B], at least one.
+            scored: Which of them meet the output projection [R], at least one: row x S + place in the row.
             past_lengths: Tokens before them [B]; 0 for a new text.
             page_table: Numbers of the pages that hold those [B, M], in order; what lies behind them does not matter.
             *pages: Pool of each layer's keys, then of each layer's values, [pages, T, G, K] float32, int8 or uint8,
@@ -149,12 +153,12 @@ class GenerationStep(nn.Module):
             past = tuple(self.read(pool, page_table) for pool in pages[number::num_layers])
             attention.attend = partial(self.attend_to_pages, past, new)
             x_BSD = layer(x_BSD, rotation, allowed_B1SP)
-        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-        scores_BV = self.model.lm_head(stack.norm(x_BSD)[rows, new_lengths - 1])
+        hidden_BSD = stack.norm(x_BSD)
+        scores_RV = self.model.lm_head(embedding(scored, hidden_BSD.flatten(0, 1)))
         kept = [torch.stack(of_all_layers) for of_all_layers in zip(*new, strict=True)]
         if self.codes == FP8:
             kept[:2] = [numbers.to(FP8) for numbers in kept[:2]]
-        return scores_BV, *kept
+        return scores_RV, *kept, hidden_BSD
 
     def read(self, pages: Tensor, page_table_BM: Tensor) -> Tensor:
         """Keys or values of the rows' pages, or their steps [B, G, P, K or 1]; of E4M3 the numbers, as float32."""
@@ -205,21 +209,22 @@ def export_generation(model: Decoder, path: Path, cache_dtype: CacheDtype) -> No
     if cache_dtype != CacheDtype.float32:
         kept |= dict.fromkeys(("key_step", "value_step"), torch.zeros(5, PAGE_TOKENS, heads, 1))
     pages = [pool.clone() for pool in kept.values() for _ in range(layers)]
-    rows, new, table, pool = (torch.export.Dim(name) for name in ("rows", "new_tokens", "row_pages", "pool_pages"))
+    names = ("rows", "new_tokens", "scored_tokens", "row_pages", "pool_pages")
+    rows, new, scored, table, pool = map(torch.export.Dim, names)
     export_graph(
         GenerationStep(model, cache_dtype),
         (
             torch.zeros(2, 3, dtype=torch.int64),
-            torch.ones(2, dtype=torch.int64),
+            torch.ones(4, dtype=torch.int64),
             torch.ones(2, dtype=torch.int64),
             torch.zeros(2, 4, dtype=torch.int64),
             *pages,
         ),
         [
-            *("input_ids", "new_lengths", "past_lengths", "page_table"),
+            *("input_ids", "scored", "past_lengths", "page_table"),
             *(f"{kind}_pages_{layer}" for kind in kept for layer in range(layers)),
         ],
-        ["logits", *(f"new_{kind}s" for kind in kept)],
-        ({0: rows, 1: new}, {0: rows}, {0: rows}, {0: rows, 1: table}, tuple({0: pool} for _ in pages)),
+        ["logits", *(f"new_{kind}s" for kind in kept), "hidden_states"],
+        ({0: rows, 1: new}, {0: scored}, {0: rows}, {0: rows, 1: table}, tuple({0: pool} for _ in pages)),
         path,
     )

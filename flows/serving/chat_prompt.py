@@ -51,6 +51,10 @@ class ChatPrompt:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
     def spelling(self, token: int) -> str:
         """Text of one token."""
-        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+        return self.decode([token])

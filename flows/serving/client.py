@@ -6,7 +6,8 @@ from __future__ import annotations
 import http.client
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
 from queue import SimpleQueue
@@ -22,6 +23,7 @@ TIMEOUT_S = 120.0
 BROKEN = "StatusCode.UNAVAILABLE"
 """Status of a gRPC stream whose server went away; refusals of the models have none."""
 TYPES = {
+    "input_ids": np.int64,
     "max_tokens": np.int32,
     "temperature": np.float32,
     "top_k": np.int32,
@@ -29,7 +31,13 @@ TYPES = {
     "repetition_penalty": np.float32,
     "seed": np.int64,
     "timeout_ms": np.int32,
+    "stream": np.bool_,
+    "log_probabilities": np.bool_,
+    "top_log_probabilities": np.int32,
+    "prompt_log_probabilities": np.bool_,
+    "embedding": np.bool_,
 }
+"""Of the inputs of the text model that are no texts."""
 COMPLETION = ("text_output", "finish_reason", "prompt_tokens", "completion_tokens")
 """Outputs of the text model, in the order of `Completion`."""
 
@@ -59,6 +67,20 @@ class Completion:
     """So far."""
     version: str = ""
     """Of the model that answered."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the text model says of a text as it is."""
+
+    token_ids: list[int]
+    places: list[int]
+    """Where each token begins in the text, in characters."""
+    log_probabilities: NDArray[np.float32]
+    """Natural logarithms, of each token after the first."""
+    log_probability: float
+    """Their sum."""
+    embedding: NDArray[np.float32]
 
 
 class Client:
@@ -149,56 +171,70 @@ class Client:
         Raises:
             tritonclient.utils.InferenceServerException: The server refuses the request.
         """
-        if self._grpc:
-            yield from self._stream_grpc(model, text, version, stop, options or {}, stream)
-        else:
-            yield from self._stream_http(model, text, version, stop, options or {}, stream)
-
-    def _stream_http(
-        self, model: str, text: str, version: str, stop: Sequence[str], options: Mapping[str, float], stream: bool
-    ) -> Iterator[Completion]:
-        """Through the server's `generate` endpoints: models that answer when they like take no plain HTTP inference."""
-        path = f"/v2/models/{model}{f'/versions/{version}' if version else ''}/generate{'_stream' if stream else ''}"
-        body: dict[str, Any] = {"text_input": text, "stream": stream, **options}
+        inputs: dict[str, Any] = {"text_input": text, "stream": stream, **(options or {})}
         if stop:
-            body["stop"] = list(stop)
+            inputs["stop"] = list(stop)
+        with closing(self._ask_text(model, version, inputs)) as answers:
+            for answer in answers:
+                yield Completion(*(answer[name] for name in (*COMPLETION, "model_version")))
+
+    def read(self, model: str, text: str | Sequence[int], *, version: str = "") -> Reading:
+        """What the model says of a text: log-probabilities of its own tokens, and its embedding.
+
+        Args:
+            model: Name of the text model.
+            text: The text, or its tokens.
+            version: Empty = the newest.
+
+        Raises:
+            tritonclient.utils.InferenceServerException: The server refuses the request.
+        """
+        given = {"text_input": text} if isinstance(text, str) else {"input_ids": list(text)}
+        inputs = {**given, "prompt_log_probabilities": True, "embedding": True}
+        (answer,) = self._ask_text(model, version, inputs)
+        return Reading(
+            token_ids=np.atleast_1d(answer["prompt_token_ids"]).astype(int).tolist(),
+            places=np.atleast_1d(answer["prompt_places"]).astype(int).tolist(),
+            log_probabilities=np.atleast_1d(np.asarray(answer["prompt_log_probabilities"], np.float32)),
+            log_probability=float(answer["prompt_log_probability"]),
+            embedding=np.atleast_1d(np.asarray(answer["embedding"], np.float32)),
+        )
+
+    def _ask_text(self, model: str, version: str, inputs: Mapping[str, Any]) -> Generator[dict[str, Any]]:
+        """Responses of the text model, outputs by name and `model_version`."""
+        return (self._ask_grpc if self._grpc else self._ask_http)(model, version, inputs)
+
+    def _ask_http(self, model: str, version: str, inputs: Mapping[str, Any]) -> Generator[dict[str, Any]]:
+        """Through the server's `generate` endpoints: models that answer when they like take no plain HTTP inference."""
+        stream = "_stream" if inputs.get("stream") else ""
+        path = f"/v2/models/{model}{f'/versions/{version}' if version else ''}/generate{stream}"
         connection = http.client.HTTPConnection(self._address, timeout=TIMEOUT_S)
         try:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            connection.request("POST", path, json.dumps(inputs), {"Content-Type": "application/json"})
             response = connection.getresponse()
             for line in response:
                 answer = json.loads(line.removeprefix(b"data: ")) if line.strip() else None
                 if answer is not None and "error" in answer:
                     raise tritonclient.utils.InferenceServerException(answer["error"], status=str(response.status))
                 if answer is not None:
-                    yield Completion(*(answer[name] for name in (*COMPLETION, "model_version")))
+                    yield answer
         finally:
             connection.close()
 
-    def _stream_grpc(
-        self, model: str, text: str, version: str, stop: Sequence[str], options: Mapping[str, float], stream: bool
-    ) -> Iterator[Completion]:
-        inputs: dict[str, NDArray[Any]] = {"text_input": np.array([text.encode()], dtype=np.object_)}
-        inputs |= {name: np.array([value], dtype=TYPES[name]) for name, value in options.items()}
-        inputs["stream"] = np.array([stream])
-        if stop:
-            inputs["stop"] = np.array([one.encode() for one in stop], dtype=np.object_)
+    def _ask_grpc(self, model: str, version: str, inputs: Mapping[str, Any]) -> Generator[dict[str, Any]]:
         answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
         ended = False
         self._client.start_stream(lambda result, error: answers.put((result, error)))
         try:
-            self._client.async_stream_infer(model, self._tensors(inputs), model_version=version)
+            self._client.async_stream_infer(model, self._tensors(as_arrays(inputs)), model_version=version)
             while not ended:
                 result, error = answers.get(timeout=TIMEOUT_S)
                 if error is not None:
                     ended = True
                     raise error
-                strings = [result.as_numpy(name)[0].decode() for name in COMPLETION[:2]]
-                numbers = [int(result.as_numpy(name)[0]) for name in COMPLETION[2:]]
-                version = str(result.get_response().model_version)
-                completion = Completion(strings[0], strings[1], numbers[0], numbers[1], version)
-                ended = bool(completion.finish_reason)
-                yield completion
+                answer = as_values(result)
+                ended = bool(answer["finish_reason"])
+                yield answer
         finally:
             self._client.stop_stream(cancel_requests=not ended)
 
@@ -246,3 +282,32 @@ class Client:
             tensor.set_data_from_numpy(values)
             tensors.append(tensor)
         return tensors
+
+
+def as_arrays(inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """Inputs of the text model as tensors; those that are empty lists are left out.
+
+    Args:
+        inputs: A number, a text or a list of them for each name.
+    """
+    arrays = {}
+    for name, value in inputs.items():
+        if name in TYPES:
+            array = np.atleast_1d(np.array(value, dtype=TYPES[name]))
+        else:
+            texts = [value] if isinstance(value, str) else value
+            array = np.array([text.encode() for text in texts], dtype=np.object_)
+        if array.size:
+            arrays[name] = array
+    return arrays
+
+
+def as_values(result: Any) -> dict[str, Any]:
+    """A gRPC response of the text model: what is one text or number by its name, and `model_version`; else arrays."""
+    response = result.get_response()
+    values: dict[str, Any] = {"model_version": str(response.model_version)}
+    for output in response.outputs:
+        array = result.as_numpy(output.name)
+        single = array.tolist()[0] if array.shape == (1,) else array
+        values[output.name] = single.decode() if isinstance(single, bytes) else single
+    return values

@@ -54,6 +54,9 @@ TEXT_INPUTS = (
     Tensor("timeout_ms", "TYPE_INT32", (1,), optional=True),
     Tensor("stream", "TYPE_BOOL", (1,), optional=True),
     Tensor("log_probabilities", "TYPE_BOOL", (1,), optional=True),
+    Tensor("top_log_probabilities", "TYPE_INT32", (1,), optional=True),
+    Tensor("prompt_log_probabilities", "TYPE_BOOL", (1,), optional=True),
+    Tensor("embedding", "TYPE_BOOL", (1,), optional=True),
 )
 TEXT_OUTPUTS = (
     Tensor("text_output", "TYPE_STRING", (1,)),
@@ -62,6 +65,15 @@ TEXT_OUTPUTS = (
     Tensor("completion_tokens", "TYPE_INT32", (1,)),
     Tensor("token_ids", "TYPE_INT64", (-1,)),
     Tensor("log_probabilities", "TYPE_FP32", (-1,)),
+    Tensor("top_token_ids", "TYPE_INT64", (-1, -1)),
+    Tensor("top_log_probabilities", "TYPE_FP32", (-1, -1)),
+    Tensor("prompt_token_ids", "TYPE_INT64", (-1,)),
+    Tensor("prompt_places", "TYPE_INT32", (-1,)),
+    Tensor("prompt_log_probabilities", "TYPE_FP32", (-1,)),
+    Tensor("prompt_log_probability", "TYPE_FP32", (1,)),
+    Tensor("prompt_top_token_ids", "TYPE_INT64", (-1, -1)),
+    Tensor("prompt_top_log_probabilities", "TYPE_FP32", (-1, -1)),
+    Tensor("embedding", "TYPE_FP32", (-1,)),
 )
 
 

@@ -27,7 +27,14 @@ STAGED_VERSION = "1"
 FILES = "files.json"
 SHIPPED = Path(__file__).parents[1] / "export" / "shipped"
 SCORES_SOURCES = ("digests.py", "encryption.py", "onnx_session.py")
-TEXT_SOURCES = (*SCORES_SOURCES, "continuous_batching.py", "pages.py", "sampling.py", "text_programs.py")
+TEXT_SOURCES = (
+    *SCORES_SOURCES,
+    "continuous_batching.py",
+    "given_text.py",
+    "pages.py",
+    "sampling.py",
+    "text_programs.py",
+)
 LIBRARY = "tokenizers.abi3.so"
 
 
@@ -100,6 +107,7 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
         "prefill_tokens": export.prefill_tokens if "generation" in parents else config.sequence_length,
         "max_running": export.max_running,
         "max_waiting": export.max_waiting,
+        "pooling": export.pooling,
     }
     _encrypt(version, config)
     _seal(version, text_settings | {"platform": platform.machine()})

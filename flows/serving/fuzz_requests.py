@@ -100,7 +100,12 @@ def _encoded(value: Any) -> bytes:
 def _good(random: np.random.Generator, model: str, key: str) -> FuzzRequest:
     if random.random() < 0.5:
         return http("good", f"/v2/models/{model}/infer", _encoded(infer_body([1, 2], [1, 1], [1, 2])), key)
+    kind = int(random.integers(0, 3))
+    if kind == 0:
+        return http("good", "/v1/embeddings", _encoded({"model": model, "input": ["def", "class"]}), key)
     body = {"model": model, "prompt": "def", "max_tokens": 2, "stream": bool(random.random() < 0.5)}
+    if kind == 1:
+        body |= {"max_tokens": 0, "stream": False, "echo": True, "logprobs": 2}
     return http("good", "/v1/completions", _encoded(body), key)
 
 
@@ -161,6 +166,14 @@ def _values(random: np.random.Generator, model: str, key: str) -> FuzzRequest:
     body: dict[str, Any] = {"model": model, "prompt": "def", "max_tokens": 2}
     for _ in range(int(random.integers(1, 4))):
         body[_pick(random, names)] = _pick(random, VALUES)
+    if random.random() < 0.2:
+        body = {"model": model, "input": "def"}
+        body[_pick(random, ["input", "encoding_format", "dimensions"])] = _pick(random, VALUES)
+        return http("values", "/v1/embeddings", _encoded(body), key)
+    if random.random() < 0.2:
+        given = ["input_ids", "prompt_log_probabilities", "embedding", "top_log_probabilities", "max_tokens"]
+        body = {"text_input": "def", "embedding": True, _pick(random, given): _pick(random, VALUES)}
+        return http("values", f"/v2/models/{model}_text/generate", _encoded(body), key)
     return http("values", "/v1/completions", _encoded(body), key)
 
 

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-call, import-untyped"
-"""An HTTP interface like OpenAI's in front of the inference server: completions, chat completions, models.
+"""An HTTP interface like OpenAI's in front of the inference server: completions, chat completions, embeddings, models.
 
 Requests become requests to the text model over gRPC; a client that hangs up cancels its text.
 """
@@ -11,13 +11,11 @@ import json
 import stat
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tritonclient.grpc.aio as grpc  # has no types
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi import Request as HttpRequest
@@ -28,8 +26,9 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flows.config.checks import require
 from flows.serving.chat_prompt import ChatPrompt, ControlTokenError
-from flows.serving.client import BROKEN, TYPES
-from flows.serving.openai_requests import ChatRequest, CompletionRequest, Request
+from flows.serving.client import BROKEN, as_arrays, as_values
+from flows.serving.openai_answers import Form, Piece, chat_choice, embedding_list, read_piece, text_choice, usage
+from flows.serving.openai_requests import ChatRequest, CompletionRequest, EmbeddingRequest, Request
 from flows.serving.releases import read_aliases
 from flows.serving.repository import TEXT_SUFFIX, published_names
 
@@ -38,19 +37,6 @@ STATUS_BY_MESSAGE = {"wait already": 429, "timeout_ms has passed": 504, "is not 
 
 STATUS_BY_CODE = {"StatusCode.UNAVAILABLE": 503, "StatusCode.INTERNAL": 503, "StatusCode.CANCELLED": 503}
 """Of what the text model does not word itself: the server is gone, or a part of it."""
-
-
-@dataclass
-class Piece:
-    """What one response of the text model adds to one choice."""
-
-    choice: int
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    tokens: list[int] = field(default_factory=list)
-    log_probabilities: list[float] = field(default_factory=list)
 
 
 def read_keys(path: Path) -> list[str]:
@@ -116,11 +102,12 @@ def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> F
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest) -> Any:
         chat = chat_of(request.model)
-        form = _Form("cmpl", "text_completion", "text_completion", _text_choice)
+        form = Form("cmpl", "text_completion", "text_completion", text_choice)
         inputs = [
             {
-                **({"text_input": prompt} if isinstance(prompt, str) else {"input_ids": prompt}),  # first: the proxy
-                **_options(request, request.stop, request.max_tokens, number),  # finds the replica by it
+                **_given(prompt),  # first: the proxy finds the replica by it
+                **_options(request, request.stop, request.max_tokens, number),
+                "prompt_log_probabilities": request.echo and request.wants_log_probabilities,
             }
             for prompt in request.prompts
             for number in range(request.n)
@@ -135,22 +122,22 @@ def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> F
         except ControlTokenError as error:
             raise HTTPException(400, f"{error}. Leave it out.") from error
         most = request.max_completion_tokens or request.max_tokens or chat.max_new_tokens
-        form = _Form("chatcmpl", "chat.completion", "chat.completion.chunk", _chat_choice)
+        form = Form("chatcmpl", "chat.completion", "chat.completion.chunk", chat_choice)
         stops = [*request.stop, *chat.stops]
         inputs = [{"input_ids": ids, **_options(request, stops, most, number)} for number in range(request.n)]
         return await _answer(grpc_address, request, inputs, form, chat)
 
+    @app.post("/v1/embeddings")
+    async def embeddings(request: EmbeddingRequest) -> Any:
+        chat_of(request.model)
+        inputs = [{**_given(text), "embedding": True} for text in request.texts]
+        return embedding_list(await _whole(grpc_address, request.model, inputs), request)
+
     return app
 
 
-@dataclass(frozen=True)
-class _Form:
-    """How the answers of one endpoint look."""
-
-    prefix: str
-    whole: str
-    chunk: str
-    choice: Callable[[Piece, ChatPrompt, Request, bool], dict[str, Any]]
+def _given(text: str | Sequence[int]) -> dict[str, Any]:
+    return {"text_input": text} if isinstance(text, str) else {"input_ids": text}
 
 
 def _options(request: Request, stops: Sequence[str], max_tokens: int, number: int) -> dict[str, Any]:
@@ -162,6 +149,7 @@ def _options(request: Request, stops: Sequence[str], max_tokens: int, number: in
         "top_k": request.top_k,
         "repetition_penalty": request.repetition_penalty,
         "log_probabilities": request.wants_log_probabilities,
+        "top_log_probabilities": request.alternatives,
         "stream": request.stream,
         "stop": list(stops),
         **seed,
@@ -169,7 +157,7 @@ def _options(request: Request, stops: Sequence[str], max_tokens: int, number: in
 
 
 async def _answer(
-    address: str, request: Request, inputs: Sequence[dict[str, Any]], form: _Form, chat: ChatPrompt
+    address: str, request: Request, inputs: Sequence[dict[str, Any]], form: Form, chat: ChatPrompt
 ) -> Any:
     head = {
         "id": f"{form.prefix}-{uuid.uuid4().hex}",
@@ -177,16 +165,22 @@ async def _answer(
         "created": int(time.time()),
         "model": request.model,
     }
-    pieces = _generate(address, f"{request.model}{TEXT_SUFFIX}", inputs)
     if request.stream:
+        pieces = _generate(address, f"{request.model}{TEXT_SUFFIX}", inputs)
         first = await _first(pieces)  # an error before the first piece is an HTTP status, not a broken stream
         return StreamingResponse(_events(first, pieces, head, form, chat, request), media_type="text/event-stream")
+    answers = await _whole(address, request.model, inputs)
+    choices = [form.choice(piece, chat, request, False) for piece in answers]
+    return {**head, "choices": choices, "usage": usage(answers, request)}
+
+
+async def _whole(address: str, model: str, inputs: Sequence[dict[str, Any]]) -> list[Piece]:
+    """What the text model answers to each, in their order."""
     try:
-        answers = sorted([piece async for piece in pieces], key=lambda piece: piece.choice)
+        pieces = [piece async for piece in _generate(address, f"{model}{TEXT_SUFFIX}", inputs)]
     except InferenceServerException as error:
         raise _http_error(error) from error
-    choices = [form.choice(piece, chat, request, False) for piece in answers]
-    return {**head, "choices": choices, "usage": _usage(answers, request.n)}
+    return sorted(pieces, key=lambda piece: piece.choice)
 
 
 async def _first(pieces: AsyncIterator[Piece]) -> Piece:
@@ -197,7 +191,7 @@ async def _first(pieces: AsyncIterator[Piece]) -> Piece:
 
 
 async def _events(
-    first: Piece, pieces: AsyncIterator[Piece], head: dict[str, Any], form: _Form, chat: ChatPrompt, request: Request
+    first: Piece, pieces: AsyncIterator[Piece], head: dict[str, Any], form: Form, chat: ChatPrompt, request: Request
 ) -> AsyncIterator[str]:
     def event(body: dict[str, Any]) -> str:
         return f"data: {json.dumps(body)}\n\n"
@@ -212,7 +206,7 @@ async def _events(
         yield event(_error(str(error.message()), _http_error(error).status_code))
         return
     if request.stream_options.include_usage:
-        yield event({**head, "choices": [], "usage": _usage(list(last.values()), request.n)})
+        yield event({**head, "choices": [], "usage": usage(list(last.values()), request)})
     yield "data: [DONE]\n\n"
 
 
@@ -245,7 +239,7 @@ async def _ask(address: str, model: str, inputs: Sequence[dict[str, Any]]) -> As
             async for result, error in responses:
                 refusal = refusal or error
                 if error is None:
-                    yield _piece(result)
+                    yield read_piece(int(result.get_response().id), as_values(result))
         except AioRpcError as error:  # the connection itself
             raise InferenceServerException(str(error.details()), str(error.code())) from error
         except BaseException:
@@ -256,76 +250,10 @@ async def _ask(address: str, model: str, inputs: Sequence[dict[str, Any]]) -> As
 
 
 def _tensors(inputs: dict[str, Any]) -> list[Any]:
-    kinds = {**TYPES, "input_ids": np.int64, "stream": np.bool_, "log_probabilities": np.bool_}
-    tensors = []
-    for name, value in inputs.items():
-        if name in ("text_input", "stop"):
-            texts = [value] if isinstance(value, str) else value
-            values = np.array([text.encode() for text in texts], dtype=np.object_)
-        else:
-            values = np.atleast_1d(np.array(value, dtype=kinds[name]))
-        if values.size:
-            datatype = np_to_triton_dtype(values.dtype)
-            tensors.append(grpc.InferInput(name, list(values.shape), datatype).set_data_from_numpy(values))
-    return tensors
-
-
-def _piece(result: Any) -> Piece:
-    def strings(name: str) -> str:
-        return str(result.as_numpy(name)[0].decode())
-
-    log_probabilities = result.as_numpy("log_probabilities")
-    given = log_probabilities is not None
-    return Piece(
-        choice=int(result.get_response().id),
-        text=strings("text_output"),
-        finish_reason=strings("finish_reason"),
-        prompt_tokens=int(result.as_numpy("prompt_tokens")[0]),
-        completion_tokens=int(result.as_numpy("completion_tokens")[0]),
-        tokens=result.as_numpy("token_ids").tolist() if given else [],
-        log_probabilities=log_probabilities.tolist() if given else [],
-    )
-
-
-def _text_choice(piece: Piece, chat: ChatPrompt, request: Request, is_chunk: bool) -> dict[str, Any]:
-    log_probabilities = None
-    if request.wants_log_probabilities:
-        log_probabilities = {
-            "tokens": [chat.spelling(token) for token in piece.tokens],
-            "token_logprobs": piece.log_probabilities,
-            "top_logprobs": None,
-            "text_offset": [],
-        }
-    return {
-        "index": piece.choice,
-        "text": piece.text,
-        "logprobs": log_probabilities,
-        "finish_reason": piece.finish_reason or None,
-    }
-
-
-def _chat_choice(piece: Piece, chat: ChatPrompt, request: Request, is_chunk: bool) -> dict[str, Any]:
-    log_probabilities = None
-    if request.wants_log_probabilities:
-        rows = zip([chat.spelling(token) for token in piece.tokens], piece.log_probabilities, strict=True)
-        log_probabilities = {
-            "content": [
-                {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
-                for text, value in rows
-            ]
-        }
-    return {
-        "index": piece.choice,
-        "delta" if is_chunk else "message": {"role": "assistant", "content": piece.text},
-        "logprobs": log_probabilities,
-        "finish_reason": piece.finish_reason or None,
-    }
-
-
-def _usage(pieces: Sequence[Piece], n: int) -> dict[str, int]:
-    prompt = sum(piece.prompt_tokens for piece in pieces) // n
-    completion = sum(piece.completion_tokens for piece in pieces)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return [
+        grpc.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)).set_data_from_numpy(array)
+        for name, array in as_arrays(inputs).items()
+    ]
 
 
 def _described(repository: Path, name: str) -> dict[str, Any]:

@@ -161,6 +161,20 @@ PLANTS = (
         _edit_source("text_programs.py", '"past_lengths": past,', '"past_lengths": np.maximum(past - 1, 0),'),
         in_text=True,
     ),
+    Plant(
+        "pooling that counts padding",
+        _edit_source("text_programs.py", "states_BSD[row, : counts[row]]", "states_BSD[row]"),
+        in_text=True,
+    ),
+    Plant(
+        "a given text scored one token late",
+        _edit_source(
+            "continuous_batching.py",
+            "text.ids[first + 1 : text.prompt_tokens]",
+            "text.ids[first : text.prompt_tokens - 1]",
+        ),
+        in_text=True,
+    ),
 )
 
 

@@ -29,6 +29,7 @@ from flows.serving.config_check import check_served_configs, expected_configs, s
 from flows.serving.edge_check import check_refusals, check_special_tokens, special_inputs
 from flows.serving.endpoint import Endpoint
 from flows.serving.entry import FILES, REPOSITORY, STAGED_VERSION, read_files, version_digests
+from flows.serving.given_text_check import GivenTexts, check_given_texts, make_given_texts
 from flows.serving.recorded_samples import RECORDED, record_samples
 from flows.serving.repository import PASSPORT, model_names
 from flows.serving.scores_check import Check, Reference, check_scores, make_reference
@@ -51,6 +52,8 @@ class Expected:
     reference: Reference
     text_tolerance: float
     """Two scores of generated text that are closer than this may change places."""
+    given_texts: GivenTexts | None
+    """None: the served program tells nothing of a text's own tokens."""
     special_rows: Sequence[int]
     """Inputs of the reference with special tokens."""
     checkpoint: Checkpoint
@@ -87,12 +90,20 @@ def expect(config: PassportConfig, parents: Mapping[str, Artifact]) -> Expected:
         assert isinstance(model, Decoder)
         keep_cache_in(config.export.cache_dtype, model)
         text_tolerance = make_reference(model, everything, lengths, config.verify.noise_factor).tolerance
+    given_texts = None
+    if isinstance(model, Decoder):
+        # beginning with one of each kind, so that every length has one, and the longest, which all can have, several
+        kinds = [real[0], fresh[0], *special, real[-1]]
+        pooling, factor = config.export.pooling, config.verify.noise_factor
+        several = [*lengths, *[config.sequence_length] * 2]
+        given_texts = make_given_texts(model, np.stack(kinds), several, pooling, text_tolerance, factor)
     checkpoint = Checkpoint(model, tokenizer, eos_token_id, config.sequence_length)
     prompts = _prompts(real, checkpoint, config)
     return Expected(
         config=config,
         reference=reference,
         text_tolerance=text_tolerance,
+        given_texts=given_texts,
         special_rows=range(len(everything) - len(special), len(everything)),
         checkpoint=checkpoint,
         prompts=prompts,
@@ -125,6 +136,8 @@ def check_server(
     loaded, skipped = _check_loaded(endpoint, version, expected, listings)
     scores, left_out = check_scores_model(endpoint, version, expected)
     checks += [*loaded, *scores, *check_text_model(endpoint, version, expected)]
+    if expected.given_texts is None:
+        left_out["given text, embeddings"] = "the program of this architecture scores what follows a text alone"
     return checks, skipped | left_out
 
 
@@ -149,8 +162,10 @@ def check_scores_model(endpoint: Endpoint, version: str, expected: Expected) -> 
 
 def check_text_model(endpoint: Endpoint, version: str, expected: Expected) -> list[Check]:
     """The checks of the text model; arguments as for `check_server`."""
-    return check_text(
-        Served(endpoint, expected.models[1], version),
+    served = Served(endpoint, expected.models[1], version)
+    given = [] if expected.given_texts is None else check_given_texts(served, expected.given_texts)
+    return given + check_text(
+        served,
         expected.checkpoint,
         expected.prompts,
         expected.config.verify.text_new_tokens,

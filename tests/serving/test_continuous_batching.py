@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from flows.compression.candidate import load_candidate
 from flows.config.serving import CacheDtype
@@ -19,6 +20,7 @@ from flows.export.generation import GENERATION, PAGE_TOKENS
 from flows.export.runtime import PROGRAM
 from flows.export.shipped import continuous_batching
 from flows.export.shipped.continuous_batching import Generator, Text
+from flows.export.shipped.given_text import Likelihoods, Pool
 from flows.export.shipped.sampling import Sampling
 from flows.export.shipped.text_programs import PagedProgram, WholeProgram
 from flows.serving.text_check import Checkpoint
@@ -199,3 +201,50 @@ def test_texts_are_asked_seldom_whether_they_are_cancelled(
     made.add(one)
     run(made)
     assert (len(one.new_ids), len(asked)) == (4, 1)
+
+
+def read_only(checkpoint: Checkpoint, prompt: str) -> Text:
+    return text(checkpoint, prompt, max_tokens=0, prompt_likelihoods=Likelihoods(2), pool=Pool("mean"))
+
+
+def test_texts_are_read_as_the_checkpoint_reads_them(
+    checkpoint: Checkpoint, generator: Callable[..., Generator]
+) -> None:
+    """Alone and beside others that are read or continued, in parts; also where the pages are known already."""
+    made = generator()
+    texts = [read_only(checkpoint, prompt) for prompt in PROMPTS * 2]
+    for one in texts:
+        made.add(one)
+        made.add(text(checkpoint, "def"))
+    run(made)
+    assert made.cache_used_ratio == 0
+    for one in texts:
+        ids = torch.tensor([one.ids])
+        with torch.no_grad():
+            hidden = checkpoint.model.forward_hidden(ids)[0].double()
+            expected = torch.log_softmax(checkpoint.model(ids)[0].double(), -1)
+        likelihoods, pool = one.prompt_likelihoods, one.pool
+        assert likelihoods is not None
+        assert pool is not None
+        values = expected[:-1].gather(-1, ids[0, 1:, None])[:, 0]
+        assert likelihoods.log_probabilities == pytest.approx(values.tolist(), abs=1e-4)
+        assert likelihoods.top_ids == expected[:-1].topk(2).indices.tolist()
+        direction = hidden.sum(0) / hidden.sum(0).norm()
+        assert pool.embedding() == pytest.approx(direction.numpy(), abs=1e-5)
+        assert (one.finish_reason, one.new_ids, one.text) == ("length", [], "")
+
+
+def test_texts_that_are_read_do_not_hold_up_running_ones(
+    checkpoint: Checkpoint, generator: Callable[..., Generator]
+) -> None:
+    fair = generator(prefill_tokens=2)
+    running = text(checkpoint, "a")
+    fair.add(running)
+    fair.step()
+    for _ in range(6):
+        fair.add(read_only(checkpoint, "x" * 20))
+    while not running.finish_reason:
+        before = len(running.new_ids)
+        fair.step()
+        assert len(running.new_ids) == before + 1
+    assert not fair.is_idle

@@ -272,3 +272,50 @@ def test_log_probabilities_are_those_of_the_scores_model(server: InferenceServer
         logits = client.scores(NAME, ids, ones(ids))[0].astype(np.float64)
         expected = logits[token] - np.log(np.exp(logits).sum())
         assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_given_text_has_the_log_probabilities_of_the_scores_model(client: Client, chain: Chain) -> None:
+    text = "def éx"
+    reading = client.read(TEXT, text)
+    assert reading.token_ids == load_tokenizer(chain.tokenizer.path).encode(text).ids
+    for place in range(1, len(reading.token_ids)):
+        ids = np.array([reading.token_ids[:place]], np.int64)
+        logits = client.scores(NAME, ids, ones(ids))[0].astype(np.float64)
+        expected = logits[reading.token_ids[place]] - np.log(np.exp(logits).sum())
+        assert reading.log_probabilities[place - 1] == pytest.approx(expected, abs=1e-4)
+    assert reading.log_probability == pytest.approx(reading.log_probabilities.sum(), abs=1e-4)
+    assert reading.places[0] == 0
+    assert reading.places[-1] == len(text) - 1
+    assert client.read(TEXT, reading.token_ids).log_probability == reading.log_probability
+
+
+@pytest.mark.parametrize("given", ["", "d"])
+def test_the_shortest_texts_are_read(client: Client, given: str) -> None:
+    reading = client.read(TEXT, given)
+    assert len(reading.token_ids) == len(reading.places) == len(given)
+    assert (reading.log_probabilities.size, reading.log_probability) == (0, 0)
+    assert np.linalg.norm(reading.embedding) == pytest.approx(1)
+
+
+def test_only_whole_texts_are_read(server: InferenceServer, client: Client) -> None:
+    assert len(client.read(TEXT, [5] * LENGTH).log_probabilities) == LENGTH - 1
+    with pytest.raises(
+        InferenceServerException, match=f"has {LENGTH + 1} tokens: .* of whole texts, of at most {LENGTH}"
+    ):
+        client.read(TEXT, [5] * (LENGTH + 1))
+    for body, message in (
+        ({"embedding": True, "max_tokens": 3, "input_ids": [5] * 31}, "of at most 30, with max_tokens=3 behind it"),
+        ({"text_input": "d", "log_probabilities": True, "top_log_probabilities": 21}, "must lie between 0 and 20"),
+    ):
+        code, answer = post(server, f"{TEXT}/generate", body)
+        assert code == 400
+        assert message in answer["error"]
+
+
+def test_reading_and_writing_go_together(server: InferenceServer) -> None:
+    asked = {"text_input": "def", "log_probabilities": True, "top_log_probabilities": 2, "max_tokens": 3}
+    _, alone = post(server, f"{TEXT}/generate", asked)
+    _, both = post(server, f"{TEXT}/generate", asked | {"prompt_log_probabilities": True, "embedding": True})
+    assert alone.items() <= both.items()
+    assert len(both["top_token_ids"]) == 2 * len(both["token_ids"])
+    assert len(both["prompt_top_token_ids"]) == 2 * (len(both["prompt_token_ids"]) - 1)

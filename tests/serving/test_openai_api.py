@@ -14,6 +14,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 from flows.config import ConfigError
 from flows.config.serving import ServeConfig
@@ -23,6 +24,7 @@ from flows.serving.client import Client, Transport
 from flows.serving.openai_server import OpenAIServer
 from flows.serving.server import InferenceServer
 from tests.serving.tiny_chain import EXPORT, NAME, Chain
+from tests.serving.tiny_model import SEQUENCE_LENGTH
 
 pytestmark = pytest.mark.server
 KEY = "a-key"
@@ -115,7 +117,7 @@ def test_a_chat_is_read_as_in_training(client: openai.OpenAI, repository: Path, 
     [
         ({"max_tokens": EXPORT.max_new_tokens + 1}, "max_tokens is 31: it must lie between 0 and 30"),
         ({"temperature": -1}, "temperature is -1.0"),
-        ({"logprobs": 3}, "logprobs: Input should be 0"),
+        ({"logprobs": 21}, "logprobs: Input should be less than or equal to 20"),
         ({"presence_penalty": 0.5}, "presence_penalty: Input should be 0"),
         ({"extra_body": {"tempratur": 1}}, "tempratur: Extra inputs are not permitted"),
         ({"prompt": [99999]}, "input_ids must lie between 0 and 279"),
@@ -130,6 +132,125 @@ def test_what_cannot_be_is_refused_by_name(
     with pytest.raises(openai.BadRequestError) as refusal:
         client.completions.create(**asked)
     assert message in str(refusal.value)
+
+
+def test_a_given_text_is_scored(client: openai.OpenAI, server: InferenceServer) -> None:
+    """As lm-evaluation-harness asks: the prompt back, with what each of its tokens was worth, and none or one more."""
+    prompt = "return é self"
+    asked: Any = {"model": NAME, "prompt": [prompt], "echo": True, "temperature": 0, "seed": 1}
+    (alone,) = client.completions.create(**asked, logprobs=2, max_tokens=0).choices
+    (one_more,) = client.completions.create(**asked, logprobs=1, max_tokens=1).choices
+    with Client(Transport.grpc, server.grpc_address) as direct:
+        reading = direct.read(f"{NAME}_text", prompt)
+        (continued,) = [direct.generate(f"{NAME}_text", prompt, options={"max_tokens": 1})]
+    assert (alone.text, one_more.text) == (prompt, prompt + continued.text)
+    scored, more = alone.logprobs, one_more.logprobs
+    assert scored is not None
+    assert more is not None
+    assert scored.token_logprobs == [None, *reading.log_probabilities.tolist()]
+    assert scored.text_offset == reading.places
+    assert (more.tokens or [])[:-1] == scored.tokens
+    assert (
+        len(more.text_offset or [])
+        == len(more.token_logprobs or [])
+        == len(more.tokens or [])
+        == len(reading.places) + 1
+    )
+    assert (scored.top_logprobs or [0])[0] is None
+    for token, value, top in list(
+        zip(scored.tokens or [], scored.token_logprobs or [], scored.top_logprobs or [], strict=True)
+    )[1:]:
+        assert len(top) in (2, 3)
+        assert value == top[token] or "\ufffd" in token  # halves of characters are spelled alike
+        assert value <= max(top.values())
+    assert (more.token_logprobs or [])[-1] == max((more.top_logprobs or [])[-1].values()), "it was chosen greedily"
+
+
+def test_the_harness_measures_a_served_model_as_it_measures_the_candidate(
+    address: str, chain: Chain, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from flows.compression.candidate import load_candidate
+    from flows.evaluation.harness import CandidateLM
+
+    shutil.copy(chain.tokenizer.path / "tokenizer.json", tmp_path)
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    served = LocalCompletionsAPI(
+        base_url=f"http://{address}/v1/completions",
+        model=NAME,
+        tokenizer=str(tmp_path),
+        tokenizer_backend="huggingface",
+        header={"Authorization": f"Bearer {KEY}"},
+        max_length=SEQUENCE_LENGTH + 1,
+        batch_size=3,
+    )
+    candidate = CandidateLM(load_candidate(chain.model.path), chain.tokenizer.path, SEQUENCE_LENGTH)
+    greedy = candidate.tok_encode("def")
+    next_token = int(load_candidate(chain.model.path)(torch.tensor([greedy]))[0, -1].argmax())
+    pairs = [(greedy, [next_token]), (greedy, [7, 8, 9]), ([5] * 20, [6] * 12), ([3], [4])]
+    expected = candidate._loglikelihood_tokens([(None, *pair) for pair in pairs])
+    found = served._loglikelihood_tokens([(("x", str(number)), *pair) for number, pair in enumerate(pairs)])
+    assert [greedily for _, greedily in found] == [greedily for _, greedily in expected]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
+    assert found[0][1], "what is most likely was taken"
+    rolling = [Instance("loglikelihood_rolling", {}, ("return self.value",), 0)]
+    assert served.loglikelihood_rolling(rolling) == pytest.approx(candidate.loglikelihood_rolling(rolling), abs=1e-3)
+
+
+def test_the_likeliest_of_a_chat_are_named(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "def"}]
+    asked: Any = {"model": NAME, "messages": messages, "max_tokens": 3, "temperature": 0, "top_logprobs": 2}
+    answer = client.chat.completions.create(**asked, logprobs=True).choices[0]
+    assert answer.logprobs is not None
+    for one in answer.logprobs.content or []:
+        assert [one.token, one.logprob] == [one.top_logprobs[0].token, one.top_logprobs[0].logprob]
+        assert len(one.top_logprobs) == 2
+    with pytest.raises(openai.BadRequestError, match="top_logprobs needs logprobs=true"):
+        client.chat.completions.create(**asked)
+
+
+def test_embeddings_are_those_of_the_text_model(client: openai.OpenAI, server: InferenceServer) -> None:
+    texts = ["def", "return self.value"]
+    coded = client.embeddings.create(model=NAME, input=texts)  # asks for base64
+    plain = client.embeddings.create(model=NAME, input=texts[1], encoding_format="float")
+    with Client(Transport.grpc, server.grpc_address) as direct:
+        expected = [direct.read(f"{NAME}_text", one) for one in texts]
+    assert [one.index for one in coded.data] == [0, 1]
+    assert coded.data[1].embedding == pytest.approx(plain.data[0].embedding, abs=1e-6)
+    for one, reading in zip(coded.data, expected, strict=True):
+        assert one.embedding == pytest.approx(reading.embedding.tolist(), abs=1e-6)
+        assert sum(value**2 for value in one.embedding) == pytest.approx(1)
+    assert coded.usage.prompt_tokens == sum(len(reading.token_ids) for reading in expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input": []}, "input must hold 1 to 128 texts"),
+        ({"input": ["x"] * 129}, "input must hold 1 to 128 texts"),
+        ({"dimensions": 8}, "dimensions: Input should be None"),
+        ({"input": "x" * 40}, "the text has 40 tokens: prompt_log_probabilities and embedding are of whole texts"),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused_by_name(
+    client: openai.OpenAI, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.embeddings.create(**({"model": NAME, "input": "def"} | changes))
+    assert message in str(refusal.value)
+
+
+def test_the_prompt_comes_back_as_a_whole_only(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="echo cannot be had as a stream"):
+        client.completions.create(model=NAME, prompt="def", echo=True, stream=True)
+    unscored = client.completions.create(model=NAME, prompt=[[7, 8]], echo=True, max_tokens=2, temperature=0)
+    plain = client.completions.create(model=NAME, prompt=[[7, 8]], max_tokens=2, temperature=0)
+    assert unscored.choices[0].text.endswith(plain.choices[0].text)
+    assert len(unscored.choices[0].text) > len(plain.choices[0].text)
 
 
 def test_nobody_can_speak_for_the_assistant(client: openai.OpenAI) -> None:

@@ -22,6 +22,8 @@ CAUGHT_BY = {
     "padding that is not masked": {"scores"},
     "another tokenizer": {"tokenizer"},
     "a key and value cache off by one": {"greedy text"},
+    "pooling that counts padding": {"embeddings"},
+    "a given text scored one token late": {"given text"},
     "a version file replaced after publishing": {"loads"},
     "a config.pbtxt that disagrees": {"config"},
 }

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows.export.shipped.sampling import Sampling, choose_token, cut_at_stop, log_probability, settled
+from flows.export.shipped.sampling import Sampling, choose_token, cut_at_stop, settled
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], dtype=np.float32))
 
@@ -44,11 +44,6 @@ def test_tokens_that_are_there_already_are_penalized() -> None:
     assert choose_token(scores, Sampling(repetition_penalty=1.2), [0, 1], random) == 0
     assert choose_token(scores[2:], Sampling(repetition_penalty=1.2), [0], random) == 1
     assert scores.tolist() == np.array([2.0, 1.9, -1.0, -1.1], dtype=np.float32).tolist()
-
-
-def test_log_probabilities_are_of_the_scores_themselves() -> None:
-    assert log_probability(LOGITS + 7, 2) == pytest.approx(np.log(0.2))
-    assert log_probability(np.array([1e4, 0.0], np.float32), 1) == -1e4
 
 
 def test_text_ends_before_the_first_stop_string() -> None:

@@ -43,7 +43,9 @@ def test_passport_covers_sizes_lengths_and_paddings(passport: Artifact) -> None:
     found = [row["details"] for row in rows if row["name"] == "scores"]
     assert {(row["transport"], row["batch_size"], row["length"], row["padding"]) for row in found} == expected
     names = {row["name"] for row in rows}
-    assert names >= {"config", "loaded files", "special tokens", "refusals"}
+    assert names >= {"config", "loaded files", "special tokens", "refusals", "given text", "embeddings"}
+    assert {row["details"]["pooling"] for row in rows if row["name"] == "embeddings"} == {"mean"}
+    assert all(0 < row["tolerance"] < 1e-3 for row in rows if row["name"] in ("given text", "embeddings"))
     batches = [row["details"]["batches_by_size"] for row in rows if row["name"] == "concurrent"]
     assert [max(map(int, formed)) > 1 for formed in batches] == [True] * 3
 

@@ -1,7 +1,8 @@
 """Generates many texts at once: texts join and leave between two steps (continuous batching, Orca, OSDI 2022).
 
 A step computes a part of the prompts that wait, then one token of every text that runs. Texts start in the order in
-which they came; one starts when there is room for all that it may need, so that none is ever put back.
+which they came; one starts when there is room for all that it may need, so that none is ever put back. A text that is
+only read, for its log-probabilities or its embedding, is a prompt like others.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from .sampling import Sampling, choose_token, cut_at_stop, log_probability, settled
-from .text_programs import Program
+from .given_text import Likelihoods, Pool
+from .sampling import Sampling, choose_token, cut_at_stop, settled
+from .text_programs import Computed, Program
 
 CANCELLED_LOOK_S = 0.05
 """How often texts are asked whether they are cancelled: each one asks the server, which takes as long as half a step
@@ -24,7 +26,7 @@ of a small model."""
 
 @dataclass(eq=False)
 class Text:
-    """One text that is being continued."""
+    """One text that is being read, and continued."""
 
     ids: list[int]
     """Prompt and new tokens."""
@@ -33,7 +35,12 @@ class Text:
     sampling: Sampling
     random: np.random.Generator
     stops: Sequence[str] = ()
-    with_log_probabilities: bool = False
+    likelihoods: Likelihoods | None = None
+    """Takes those of new tokens; None = nobody wants them."""
+    prompt_likelihoods: Likelihoods | None = None
+    """Takes those of the prompt's tokens after the first, for which there is nothing to go by."""
+    pool: Pool | None = None
+    """Makes an embedding of the prompt."""
     deadline: float | None = None
     """Of `time.monotonic`; what is finished by then is answered, nothing else."""
     is_cancelled: Callable[[], bool] = lambda: False
@@ -42,7 +49,6 @@ class Text:
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     new_ids: list[int] = field(default_factory=list)
-    log_probabilities: list[float] = field(default_factory=list)
     text: str = ""
     """What has been generated, and will stay."""
     finish_reason: str = ""
@@ -52,6 +58,16 @@ class Text:
     def most_tokens(self) -> int:
         """Tokens whose keys and values are kept at most: the last new one's never are."""
         return self.prompt_tokens + max(0, self.max_tokens - 1)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether scores are wanted after every token of the prompt."""
+        return self.prompt_likelihoods is not None
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether hidden states of the prompt are wanted."""
+        return self.pool is not None
 
 
 class Generator:
@@ -100,7 +116,7 @@ class Generator:
         return len(self._waiting)
 
     def add(self, text: Text) -> None:
-        """Puts a text in line, which is to get at least one token."""
+        """Puts a text in line."""
         self._waiting.append(text)
 
     def step(self) -> list[Text]:
@@ -153,15 +169,21 @@ class Generator:
         return [(text, 1) for text in self._running if text.computed >= text.prompt_tokens]
 
     def _compute(self, parts: list[tuple[Text, int]]) -> list[Text]:
-        """Runs parts of texts; the texts whose next token that gave."""
+        """Runs parts of texts; the texts whose next token that gave, or whose prompt is read and which want no more."""
         if not parts:
             return []
         texts, counts = zip(*parts, strict=True)
         grown = []
-        for text, logits_V in zip(texts, self._program.run(texts, counts), strict=True):
-            if text.computed == len(text.ids):
-                self._append(text, logits_V)
-                grown.append(text)
+        for text, count, computed in zip(texts, counts, self._program.run(texts, counts), strict=True):
+            if text.computed <= text.prompt_tokens:
+                _read(text, text.computed - count, computed)
+            if text.computed < len(text.ids):
+                continue
+            if text.max_tokens:
+                self._append(text, computed.logits[-1])
+            else:
+                text.finish_reason = "length"
+            grown.append(text)
         return grown
 
     def _append(self, text: Text, logits_V: Any) -> None:
@@ -169,8 +191,8 @@ class Generator:
         token = choose_token(logits_V, text.sampling, text.ids, text.random)
         text.ids.append(token)
         text.new_ids.append(token)
-        if text.with_log_probabilities:
-            text.log_probabilities.append(log_probability(logits_V, token))
+        if text.likelihoods is not None:
+            text.likelihoods.add(logits_V, token)
         if token == self._end_of_text:
             text.text, text.finish_reason = self._decode(text.new_ids[:-1]), "stop"
             return
@@ -188,3 +210,13 @@ class Generator:
             if text in self._running:
                 self._running.remove(text)
                 self._program.close(text)
+
+
+def _read(text: Text, first: int, computed: Computed) -> None:
+    """Notes what a part of a prompt, from token `first` on, says of it."""
+    if text.prompt_likelihoods is not None:
+        followers = text.ids[first + 1 : text.prompt_tokens]  # one fewer than scores where the prompt ends
+        for logits_V, token in zip(computed.logits, followers, strict=False):
+            text.prompt_likelihoods.add(logits_V, token)
+    if text.pool is not None and computed.states is not None:
+        text.pool.add(computed.states)

@@ -54,13 +54,6 @@ def choose_token(
     return int(order[min(drawn, len(cumulative) - 1)])
 
 
-def log_probability(logits_V: npt.NDArray[Any], token: int) -> float:
-    """Natural logarithm of the probability that the scores themselves give a token, whatever the sampling."""
-    scores = logits_V.astype(np.float64)
-    top = scores.max()
-    return float(scores[token] - top - np.log(np.exp(scores - top).sum()))
-
-
 def cut_at_stop(text: str, stops: Sequence[str]) -> str | None:
     """The text before the first stop string in it; None if there is none."""
     places = [text.find(stop) for stop in stops if stop in text]

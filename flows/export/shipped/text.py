@@ -1,6 +1,8 @@
 # mypy: disable-error-code="import-not-found, import-untyped"
 """Text to text: tokenizes, generates together with whatever else runs, and answers at the end or as the text grows.
 
+Or reads a text as it is: `prompt_log_probabilities` asks for those of its own tokens, `embedding` for a vector.
+
 Carries its own tokenizer library, because the server's Python has none, and so that the one that was verified serves.
 """
 
@@ -23,6 +25,7 @@ import triton_python_backend_utils as pb_utils  # provided by the server
 from .continuous_batching import Generator, Text
 from .digests import check_files, state_files
 from .encryption import find
+from .given_text import Likelihoods, Pool, token_places
 from .sampling import Sampling
 from .text_programs import PagedProgram, WholeProgram
 
@@ -33,6 +36,8 @@ BUCKETS_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 
 """Upper ends, in seconds, of what the metrics tell waiting times apart by."""
 METRICS_S = 0.2
 """How often the metrics tell of steps: each number is a message to the server, which is waited for."""
+MOST_ALTERNATIVES = 20
+"""Likeliest tokens that may be asked for at each place; as many as in OpenAI's interface."""
 
 
 class RefusedError(ValueError):
@@ -48,6 +53,9 @@ class Answer:
     """A response for each piece of the text, instead of one for all of it."""
     last: Future[None] | None = None
     """The piece that went out last, or is about to."""
+    prompt_places: list[int] = field(default_factory=list)
+    """Where the prompt's tokens stand in it, if that is asked for."""
+    prompt_was_sent: bool = False
     sent_characters: int = 0
     sent_tokens: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
@@ -72,10 +80,13 @@ class TritonPythonModel:
         self.max_new_tokens: int = settings["max_new_tokens"]
         self.default_max_tokens: int = settings["default_max_tokens"]
         self.max_waiting: int = settings["max_waiting"]
+        self.pooling: str = settings["pooling"]
         self.tokenizer = load_library(here, settings["platform"]).Tokenizer.from_file(str(here / "tokenizer.json"))
         self.tokenizer.encode_special_tokens = True  # as in training: what a user types is text, never a control token
         self.end_of_text: int = self.tokenizer.token_to_id(settings["end_of_text"])
-        if find(here / GENERATION):
+        self.reads_texts = find(here / GENERATION) is not None
+        """Whether the program tells of every token of a text, and not of what follows it alone."""
+        if self.reads_texts:
             program: Any = PagedProgram(here / GENERATION, settings["threads"], settings["cache_bytes"])
         else:
             program = WholeProgram(here / WHOLE, settings["threads"])
@@ -100,7 +111,9 @@ class TritonPythonModel:
                 text, streams = self.read(request)
                 text.is_cancelled = sender.is_cancelled
                 answer = Answer(sender, streams)
-                if text.max_tokens == 0:
+                if text.scores_prompt:
+                    answer.prompt_places = token_places(self.decode, text.ids)
+                elif text.max_tokens == 0 and not text.reads_states:
                     text.finish_reason = "length"
                     self.send(text, answer)
                     self.metrics.end("length")
@@ -146,7 +159,7 @@ class TritonPythonModel:
                     self.metrics.time(text, answer)
                     if text.finish_reason:
                         del self.answers[text]
-                self.metrics.update(self.generator, len(changed))
+                self.metrics.update(self.generator, sum(text.max_tokens > 0 for text in changed))
             except Exception as error:  # whatever it is, nobody may wait for an answer for ever
                 pb_utils.Logger.log_error(f"text generation: {error!r}")
                 self.generator.stop()
@@ -177,9 +190,12 @@ class TritonPythonModel:
             "prompt_tokens": np.array([text.asked_prompt_tokens], dtype=np.int32),
             "completion_tokens": np.array([len(text.new_ids)], dtype=np.int32),
         }
-        if text.with_log_probabilities:
+        if text.likelihoods is not None:
             outputs["token_ids"] = np.array(text.new_ids[answer.sent_tokens :], dtype=np.int64)
-            outputs["log_probabilities"] = np.array(text.log_probabilities[answer.sent_tokens :], dtype=np.float32)
+            outputs |= describe(text.likelihoods, answer.sent_tokens, "")
+        if not answer.prompt_was_sent:
+            answer.prompt_was_sent = True
+            outputs |= describe_prompt(text, answer.prompt_places)
         answer.sent_characters, answer.sent_tokens = len(text.text), len(text.new_ids)
         answer.last = self.leaving.submit(deliver, answer.sender, outputs, bool(text.finish_reason))
 
@@ -204,10 +220,12 @@ class TritonPythonModel:
     def read(self, request: Any) -> tuple[Text, bool]:
         """The text of a request, and whether it wants it in pieces; or `RefusedError`."""
         ids = self.read_prompt(request)
+        scores_prompt = read_number(request, "prompt_log_probabilities", False)
+        embeds = read_number(request, "embedding", False)
         number = {
             name: read_number(request, name, default)
             for name, default in {
-                "max_tokens": self.default_max_tokens,
+                "max_tokens": 0 if scores_prompt or embeds else self.default_max_tokens,
                 "temperature": 0.0,
                 "top_k": 0,
                 "top_p": 1.0,
@@ -216,6 +234,7 @@ class TritonPythonModel:
                 "timeout_ms": None,
                 "stream": False,
                 "log_probabilities": False,
+                "top_log_probabilities": 0,
             }.items()
         }
         max_tokens, seed, timeout_ms = number["max_tokens"], number["seed"], number["timeout_ms"]
@@ -233,7 +252,14 @@ class TritonPythonModel:
             raise RefusedError(f"seed is {seed}: it must be 0 or more")
         if timeout_ms is not None and timeout_ms <= 0:
             raise RefusedError(f"timeout_ms is {timeout_ms}: it must be above 0")
-        room = max(1, self.sequence_length + 1 - max_tokens)  # the last new token is not read again
+        alternatives = number["top_log_probabilities"]
+        if not 0 <= alternatives <= MOST_ALTERNATIVES:
+            raise RefusedError(
+                f"top_log_probabilities is {alternatives}: it must lie between 0 and {MOST_ALTERNATIVES}"
+            )
+        room = max(1, self.sequence_length + 1 - max(1, max_tokens))  # the last new token is not read again
+        if scores_prompt or embeds:
+            self.check_readable(len(ids), room, max_tokens)
         kept = ids[-room:] or [self.end_of_text]
         text = Text(
             ids=kept,
@@ -242,11 +268,22 @@ class TritonPythonModel:
             sampling=Sampling(number["temperature"], number["top_k"], number["top_p"], number["repetition_penalty"]),
             random=np.random.default_rng(seed),
             stops=[stop for stop in read_strings(request, "stop") if stop],
-            with_log_probabilities=number["log_probabilities"],
+            likelihoods=Likelihoods(alternatives) if number["log_probabilities"] else None,
+            prompt_likelihoods=Likelihoods(alternatives) if scores_prompt else None,
+            pool=Pool(self.pooling) if embeds else None,
             deadline=None if timeout_ms is None else time.monotonic() + timeout_ms / 1e3,
             asked_prompt_tokens=len(ids),
         )
         return text, number["stream"]
+
+    def check_readable(self, tokens: int, room: int, max_tokens: int) -> None:
+        """Refuses a text that cannot be read as a whole: what is left out of it would be missing without a word."""
+        asked = "prompt_log_probabilities and embedding are"
+        if not self.reads_texts:
+            raise RefusedError(f"{asked} not to be had of this model: its program scores what follows a text alone")
+        if tokens > room:
+            behind = f", with max_tokens={max_tokens} behind it" if max_tokens > 1 else ""
+            raise RefusedError(f"the text has {tokens} tokens: {asked} of whole texts, of at most {room}{behind}")
 
 
 class Metrics:
@@ -313,6 +350,35 @@ def deliver(sender: Any, outputs: dict[str, Any], is_last: bool) -> None:
     except Exception as error:  # whatever it is, nobody may wait for an answer for ever
         pb_utils.Logger.log_error(f"text response: {error!r}")
         fail(sender, f"the response cannot be sent: {error}.", pb_utils.TritonError.INTERNAL)
+
+
+def describe(likelihoods: Likelihoods, first: int, kind: str) -> dict[str, Any]:
+    """Outputs for the tokens from number `first` on; `kind` goes before their names."""
+    outputs: dict[str, Any] = {
+        f"{kind}log_probabilities": np.array(likelihoods.log_probabilities[first:], dtype=np.float32)
+    }
+    if likelihoods.alternatives:
+        shape = (-1, likelihoods.alternatives)
+        ids = np.array(likelihoods.top_ids[first:], dtype=np.int64)
+        values = np.array(likelihoods.top_log_probabilities[first:], dtype=np.float32)
+        outputs[f"{kind}top_token_ids"] = ids.reshape(shape)
+        outputs[f"{kind}top_log_probabilities"] = values.reshape(shape)
+    return outputs
+
+
+def describe_prompt(text: Text, places: list[int]) -> dict[str, Any]:
+    """Outputs that tell of the prompt; log-probabilities are those of its tokens after the first."""
+    outputs: dict[str, Any] = {}
+    if text.prompt_likelihoods is not None:
+        given = text.asked_prompt_tokens  # of an empty text none, though the model reads an end of text
+        outputs["prompt_token_ids"] = np.array(text.ids[:given], dtype=np.int64)
+        outputs["prompt_places"] = np.array(places[:given], dtype=np.int32)
+        outputs |= describe(text.prompt_likelihoods, 0, "prompt_")
+        total = sum(text.prompt_likelihoods.log_probabilities)
+        outputs["prompt_log_probability"] = np.array([total], dtype=np.float32)
+    if text.pool is not None:
+        outputs["embedding"] = text.pool.embedding()
+    return outputs
 
 
 def fail(sender: Any, message: str, code: Any) -> None:

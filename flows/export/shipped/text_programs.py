@@ -1,13 +1,14 @@
 # mypy: disable-error-code="import-not-found, import-untyped"
 """Runs the next tokens of several texts at once: with keys and values kept in pages, or every text from its beginning.
 
-Shape letters: B rows, S new tokens of a row, V vocabulary.
+Shape letters: B rows, S new tokens of a row, R scored tokens of all rows, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from .onnx_session import open_session
 from .pages import PagePool
 
-Scores = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float32]
 DTYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
 """Of keys and values, and the steps of coded ones, by what onnxruntime calls them; E4M3 codes are bytes to numpy."""
 
@@ -39,6 +40,24 @@ class Text(Protocol):
     def most_tokens(self) -> int:
         """How many will be computed at most."""
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether scores are wanted after every token of the prompt; else after the last one that is computed."""
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether hidden states of the prompt are wanted."""
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What came of some tokens of one text."""
+
+    logits: Floats
+    """Scores of what follows each of them, or the last alone [tokens or 1, V]."""
+    states: Floats | None = None
+    """Their hidden states [tokens, D], where the text wants them."""
+
 
 class Program(Protocol):
     """What runs texts."""
@@ -50,8 +69,8 @@ class Program(Protocol):
     def open(self, text: Text) -> bool:
         """Makes room for a text and sets what of it need not be computed; False if there is no room now."""
 
-    def run(self, texts: Sequence[Text], counts: Sequence[int]) -> Scores:
-        """Computes the next so many tokens of each text; scores of the token after them [B, V]."""
+    def run(self, texts: Sequence[Text], counts: Sequence[int]) -> list[Computed]:
+        """Computes the next so many tokens of each text."""
 
     def close(self, text: Text) -> None:
         """Forgets a text."""
@@ -69,7 +88,8 @@ class PagedProgram:
     def __init__(self, path: Path, threads: int, cache_bytes: int) -> None:
         self.session = open_session(path, threads)
         inputs = [one for one in self.session.get_inputs() if "_pages_" in one.name]
-        self.outputs = [one.name for one in self.session.get_outputs()]  # scores, then what is kept of new tokens
+        *self.outputs, self.states = (one.name for one in self.session.get_outputs())
+        """Scores and what is kept of new tokens; hidden states, which few texts want."""
         page_bytes = sum(math.prod(one.shape[1:]) * np.dtype(DTYPES[one.type]).itemsize for one in inputs)
         page_tokens: int = inputs[0].shape[1]
         num_pages = max(1, cache_bytes // page_bytes)
@@ -88,13 +108,14 @@ class PagedProgram:
 
     def open(self, text: Text) -> bool:
         """See `Program.open`."""
-        reserved = self.pool.reserve(text.ids, text.most_tokens)
+        whole = text.scores_prompt or text.reads_states  # pages that are there already tell nothing of their tokens
+        reserved = self.pool.reserve([] if whole else text.ids, text.most_tokens)
         if reserved is None:
             return False
         text.pages, text.computed = reserved
         return True
 
-    def run(self, texts: Sequence[Text], counts: Sequence[int]) -> Scores:
+    def run(self, texts: Sequence[Text], counts: Sequence[int]) -> list[Computed]:
         """See `Program.run`."""
         past = np.array([text.computed for text in texts])
         new = np.array(counts)
@@ -104,14 +125,24 @@ class PagedProgram:
             ids_BS[row, : counts[row]] = text.ids[text.computed : text.computed + counts[row]]
             pages = text.pages[: table.shape[1]]
             table[row, : len(pages)] = pages
+        num_scored = [count if scores_all(text) else 1 for text, count in zip(texts, counts, strict=True)]
+        ends = np.arange(len(texts)) * ids_BS.shape[1] + new
+        scored = [np.arange(end - number, end) for end, number in zip(ends, num_scored, strict=True)]
         inputs: dict[str, Any] = {
             "input_ids": ids_BS,
-            "new_lengths": new,
+            "scored": np.concatenate(scored),
             "past_lengths": past,
             "page_table": table,
             **self.page_inputs,
         }
-        scores, *kept = self.session.run(self.outputs, inputs)
+        wanted = [*self.outputs, self.states] if any(reads_states(text) for text in texts) else self.outputs
+        scores_RV, *kept = self.session.run(wanted, inputs)
+        states_BSD = kept.pop() if self.states in wanted else None
+        logits = np.split(scores_RV, np.cumsum(num_scored)[:-1])
+        computed = []
+        for row, text in enumerate(texts):
+            states = states_BSD[row, : counts[row]] if states_BSD is not None and reads_states(text) else None
+            computed.append(Computed(logits[row], states))
         rows = np.repeat(np.arange(len(texts)), new)
         steps = np.concatenate([np.arange(count) for count in counts])
         places = past[rows] + steps
@@ -125,7 +156,7 @@ class PagedProgram:
             text.computed += count
             if before < text.prompt_tokens <= text.computed:
                 self.pool.remember(text.ids[: text.prompt_tokens], text.pages)
-        return np.asarray(scores)
+        return computed
 
     def close(self, text: Text) -> None:
         """See `Program.close`."""
@@ -133,8 +164,20 @@ class PagedProgram:
         text.pages = []
 
 
+def scores_all(text: Text) -> bool:
+    """Whether scores are wanted after each of the tokens that are computed next."""
+    return text.scores_prompt and text.computed < text.prompt_tokens
+
+
+def reads_states(text: Text) -> bool:
+    """Whether hidden states of the tokens that are computed next are wanted."""
+    return text.reads_states and text.computed < text.prompt_tokens
+
+
 class WholeProgram:
     """Computes every text from its beginning, each time: for models whose keys and values are not to be had.
+
+    It gives scores after the last token alone, and no hidden states.
 
     Args:
         path: Program made by `flows.export.program`.
@@ -152,7 +195,7 @@ class WholeProgram:
         text.computed = 0
         return True
 
-    def run(self, texts: Sequence[Text], counts: Sequence[int]) -> Scores:
+    def run(self, texts: Sequence[Text], counts: Sequence[int]) -> list[Computed]:
         """See `Program.run`."""
         for text, count in zip(texts, counts, strict=True):
             text.computed += count
@@ -161,8 +204,8 @@ class WholeProgram:
         for row, text in enumerate(texts):
             ids_BS[row, : text.computed] = text.ids[: text.computed]
             mask_BS[row, : text.computed] = 1
-        (scores,) = self.session.run(["logits"], {"input_ids": ids_BS, "attention_mask": mask_BS})
-        return np.asarray(scores)
+        (scores_BV,) = self.session.run(["logits"], {"input_ids": ids_BS, "attention_mask": mask_BS})
+        return [Computed(scores_V[None]) for scores_V in scores_BV]
 
     def close(self, text: Text) -> None:
         """See `Program.close`."""
