@@ -26,11 +26,15 @@ from torch.nn.functional import embedding
 
 from flows.artifact import Artifact
 from flows.compression.candidate import load_candidate
+from flows.config.model import ModelConfig
 from flows.config.serving import CacheDtype, GenerationConfig
 from flows.export.graph import export_graph
 from flows.export.int8_cache import decode, encode, keep_cache_in_int8
 from flows.export.parity import compare
+from flows.export.parts import DecoderPart, PartsInTurn, share_layers
 from flows.export.program import NextTokenScores
+from flows.export.shipped.layers import Layers, Runner
+from flows.export.shipped.pipeline import part_path
 from flows.export.shipped.text_programs import PagedProgram
 from flows.model.attention import Attention, angles, attend
 from flows.model.decoder import Decoder
@@ -42,7 +46,7 @@ CHECKED_BYTES = 1 << 26
 
 
 def build(directory: Path, config: GenerationConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
-    """Stage: writes generation.onnx.
+    """Stage: writes generation.onnx, or generation-0.onnx and so on for as many ranks.
 
     Args:
         directory: Where it goes.
@@ -57,12 +61,14 @@ def build(directory: Path, config: GenerationConfig, parents: Mapping[str, Artif
     """
     model = load_candidate(parents["model"].path)
     assert isinstance(model, Decoder), "others have no such program"
-    export_generation(model, directory / GENERATION, config.cache_dtype)
+    export_generation(model, directory / GENERATION, config.cache_dtype, config.pipeline_stages)
     whole = load_candidate(parents["model"].path)
     assert isinstance(whole, Decoder)
     if config.cache_dtype == CacheDtype.int8:
         keep_cache_in_int8(whole)
-    parity = compare(NextTokenScores(whole).eval(), _TokenByToken(directory / GENERATION), whole.vocab_size)
+    path, stages, num_layers = directory / GENERATION, config.pipeline_stages, whole.config.num_hidden_layers
+    made = PartsInTurn(path, stages, CHECKED_BYTES, num_layers) if stages > 1 else Layers(path, 0, CHECKED_BYTES)
+    parity = compare(NextTokenScores(whole).eval(), _TokenByToken(made), whole.vocab_size)
     return {"largest_difference": parity.largest_difference, "tolerance": parity.tolerance}
 
 
@@ -78,8 +84,8 @@ class _Ids:
 class _TokenByToken:
     """Next-token scores as generation computes them: half of each row at once, then one token after the other."""
 
-    def __init__(self, path: Path) -> None:
-        self._program = PagedProgram(path, 0, CHECKED_BYTES)
+    def __init__(self, layers: Runner) -> None:
+        self._program = PagedProgram(layers)
 
     def next_token_scores(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """Scores [batch, vocab] of the token after each row's last real one."""
@@ -101,48 +107,48 @@ class GenerationStep(nn.Module):
     """Scores of the token after each row's last new one, and the new tokens' keys and values.
 
     Args:
-        model: Any decoder, floating-point or of few bits; its attention layers are told to look at pages from then on.
+        part: Of any decoder, floating-point or of few bits; its attention layers are told to look at pages from then
+            on. One that does not have the last layer makes the residual stream instead of scores.
         cache_dtype: In what keys and values are kept.
     """
 
-    def __init__(self, model: Decoder, cache_dtype: CacheDtype) -> None:
+    def __init__(self, part: DecoderPart, cache_dtype: CacheDtype) -> None:
         super().__init__()
-        self.model = model
+        self.part = part
         self.attend_to_pages = _attend_to_pages if cache_dtype == CacheDtype.float32 else _attend_to_int8_pages
 
     def forward(
-        self, input_ids: Tensor, new_lengths: Tensor, past_lengths: Tensor, page_table: Tensor, *pages: Tensor
+        self, given: Tensor, new_lengths: Tensor, past_lengths: Tensor, page_table: Tensor, *pages: Tensor
     ) -> tuple[Tensor, ...]:
         """Scores [B, V] and the new keys and values, each [N, B, S, G, K]; in INT8 also their steps [N, B, S, G, 1].
 
         Args:
-            input_ids: New tokens [B, S], int64, padded on the right.
+            given: New tokens [B, S], int64, padded on the right; or the residual stream of them [B, S, D].
             new_lengths: How many of them are real [B], at least one.
             past_lengths: Tokens before them [B]; 0 for a new text.
             page_table: Numbers of the pages that hold those [B, M], in order; what lies behind them does not matter.
             *pages: Pool of each layer's keys, then of each layer's values, [pages, T, G, K] float32 or int8; in INT8
                 then of their steps, [pages, T, G, 1] float32.
         """
-        stack = self.model.model
-        num_layers, length = len(stack.layers), input_ids.shape[1]
-        order_S = torch.arange(length, device=input_ids.device)
+        part = self.part
+        num_layers, length = len(part.layers), given.shape[1]
+        order_S = torch.arange(length, device=given.device)
         positions_BS = past_lengths[:, None] + order_S
-        past_P = torch.arange(page_table.shape[1] * PAGE_TOKENS, device=input_ids.device)
+        past_P = torch.arange(page_table.shape[1] * PAGE_TOKENS, device=given.device)
         is_past_BSP = (past_P < past_lengths[:, None])[:, None].expand(-1, length, -1)
-        is_before_BSS = (order_S[:, None] >= order_S)[None].expand(input_ids.shape[0], -1, -1)
+        is_before_BSS = (order_S[:, None] >= order_S)[None].expand(given.shape[0], -1, -1)
         allowed_B1SP = torch.cat((is_past_BSP, is_before_BSS), dim=-1)[:, None]
-        x_BSD = stack.embed_tokens(input_ids)
-        rotation = angles(positions_BS, stack.head_dim, stack.rope_theta)
+        x_BSD = part.enter(given)
+        rotation = angles(positions_BS, part.head_dim, part.rope_theta)
         new: list[tuple[Tensor, ...]] = []
-        for number, layer in enumerate(stack.layers):
+        for number, layer in enumerate(part.layers):
             attention = layer.self_attn
             assert isinstance(attention, Attention)
             past = tuple(_read(pool, page_table) for pool in pages[number::num_layers])
             attention.attend = partial(self.attend_to_pages, past, new)
             x_BSD = layer(x_BSD, rotation, allowed_B1SP)
-        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-        scores_BV = self.model.lm_head(stack.norm(x_BSD)[rows, new_lengths - 1])
-        return scores_BV, *(torch.stack(of_all_layers) for of_all_layers in zip(*new, strict=True))
+        made = part.leave(x_BSD, new_lengths - 1)
+        return made, *(torch.stack(of_all_layers) for of_all_layers in zip(*new, strict=True))
 
 
 def _attend_to_pages(
@@ -179,10 +185,22 @@ def _read(pages: Tensor, page_table_BM: Tensor) -> Tensor:
     return rows.view(page_table_BM.shape[0], -1, *pages.shape[2:]).transpose(1, 2)
 
 
-def export_generation(model: Decoder, path: Path, cache_dtype: CacheDtype) -> None:
-    """Writes the graph, for any number of rows, new tokens and pages; equal weights give equal bytes."""
-    config = model.config
-    heads, width, layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
+def export_generation(model: Decoder, path: Path, cache_dtype: CacheDtype, stages: int = 1) -> None:
+    """Writes the graph, for any number of rows, new tokens and pages; equal weights give equal bytes.
+
+    Args:
+        model: Any decoder.
+        path: ONNX file; of several parts each is beside it, numbered.
+        cache_dtype: In what keys and values are kept.
+        stages: Parts that it is made in.
+    """
+    for number, (first, behind) in enumerate(share_layers(model, stages)):
+        place = part_path(path, number) if stages > 1 else path
+        _export_part(DecoderPart(model, first, behind), model.config, place, cache_dtype)
+
+
+def _export_part(part: DecoderPart, config: ModelConfig, path: Path, cache_dtype: CacheDtype) -> None:
+    heads, width, layers = config.num_key_value_heads, config.head_dim, len(part.layers)
     int8 = cache_dtype == CacheDtype.int8
     codes = torch.zeros(5, PAGE_TOKENS, heads, width, dtype=torch.int8 if int8 else torch.float32)
     kept = {"key": codes, "value": codes}
@@ -191,19 +209,19 @@ def export_generation(model: Decoder, path: Path, cache_dtype: CacheDtype) -> No
     pages = [pool.clone() for pool in kept.values() for _ in range(layers)]
     rows, new, table, pool = (torch.export.Dim(name) for name in ("rows", "new_tokens", "row_pages", "pool_pages"))
     export_graph(
-        GenerationStep(model, cache_dtype),
+        GenerationStep(part, cache_dtype),
         (
-            torch.zeros(2, 3, dtype=torch.int64),
+            part.example(torch.zeros(2, 3, dtype=torch.int64)),
             torch.ones(2, dtype=torch.int64),
             torch.ones(2, dtype=torch.int64),
             torch.zeros(2, 4, dtype=torch.int64),
             *pages,
         ),
         [
-            *("input_ids", "new_lengths", "past_lengths", "page_table"),
+            *(part.given, "new_lengths", "past_lengths", "page_table"),
             *(f"{kind}_pages_{layer}" for kind in kept for layer in range(layers)),
         ],
-        ["logits", *(f"new_{kind}s" for kind in kept)],
+        [part.made, *(f"new_{kind}s" for kind in kept)],
         ({0: rows, 1: new}, {0: rows}, {0: rows}, {0: rows, 1: table}, tuple({0: pool} for _ in pages)),
         path,
     )

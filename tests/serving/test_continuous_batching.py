@@ -18,6 +18,7 @@ from flows.export.generation import GENERATION, PAGE_TOKENS
 from flows.export.int8_cache import keep_cache_in_int8
 from flows.export.runtime import PROGRAM
 from flows.export.shipped.continuous_batching import Generator, Text
+from flows.export.shipped.layers import Layers
 from flows.export.shipped.sampling import Sampling
 from flows.export.shipped.text_programs import PagedProgram, WholeProgram
 from flows.serving.text_check import Checkpoint
@@ -42,7 +43,7 @@ def generator(chain: Chain, checkpoint: Checkpoint) -> Callable[..., Generator]:
         program: Any = (
             WholeProgram(chain.program.path / PROGRAM, 1)
             if whole
-            else PagedProgram(chain.generation.path / GENERATION, 1, pages * PAGE_BYTES)
+            else PagedProgram(Layers(chain.generation.path / GENERATION, 1, pages * PAGE_BYTES))
         )
         assert whole or program.pool.num_pages == pages
         return Generator(program, checkpoint.decode, 0, max_running, prefill_tokens)
@@ -88,7 +89,7 @@ def test_texts_with_a_cache_in_int8_are_those_of_a_checkpoint_that_rounds_alike(
     chain: Chain, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     directory = tiny_model.make_generation(tmp_path, chain.model.path, CacheDtype.int8)
-    program = PagedProgram(directory / GENERATION, 1, 24 * PAGE_BYTES)
+    program = PagedProgram(Layers(directory / GENERATION, 1, 24 * PAGE_BYTES))
     assert program.pool.num_pages == 64, "a token and head of width 8 takes 8 + 4 bytes instead of 32"
     model = load_candidate(chain.model.path)
     keep_cache_in_int8(model)

@@ -22,6 +22,7 @@ import triton_python_backend_utils as pb_utils  # provided by the server
 from .continuous_batching import Generator, Text
 from .digests import check_files, state_files
 from .encryption import find
+from .pipeline import Pipeline, RankEndedError, open_program
 from .sampling import Sampling
 from .text_programs import PagedProgram, WholeProgram
 
@@ -66,8 +67,10 @@ class TritonPythonModel:
         self.tokenizer = load_library(here, settings["platform"]).Tokenizer.from_file(str(here / "tokenizer.json"))
         self.tokenizer.encode_special_tokens = True  # as in training: what a user types is text, never a control token
         self.end_of_text: int = self.tokenizer.token_to_id(settings["end_of_text"])
-        if find(here / GENERATION):
-            program: Any = PagedProgram(here / GENERATION, settings["threads"], settings["cache_bytes"])
+        self.layers = None
+        if settings["pipeline_stages"] > 1 or find(here / GENERATION):
+            self.layers = open_program(here / GENERATION, settings)
+            program: Any = PagedProgram(self.layers)
         else:
             program = WholeProgram(here / WHOLE, settings["threads"])
         self.vocab_size: int = program.vocab_size
@@ -113,6 +116,8 @@ class TritonPythonModel:
             self.stopping = True
             self.wake.notify()
         self.worker.join()
+        if isinstance(self.layers, Pipeline):
+            self.layers.close()
 
     def work(self) -> None:
         """Generates while there is anything to generate."""
@@ -139,8 +144,10 @@ class TritonPythonModel:
             except Exception as error:  # whatever it is, nobody may wait for an answer for ever
                 pb_utils.Logger.log_error(f"text generation: {error!r}")
                 self.generator.stop()
+                is_temporary = isinstance(error, RankEndedError)
+                code = pb_utils.TritonError.UNAVAILABLE if is_temporary else pb_utils.TritonError.INTERNAL
                 for answer in self.answers.values():
-                    fail(answer.sender, f"generation failed: {error}.", pb_utils.TritonError.INTERNAL)
+                    fail(answer.sender, f"generation failed: {error}.", code)
                     self.metrics.end("failed")
                 self.answers.clear()
             if stopping:

@@ -6,20 +6,19 @@ Shape letters: B rows, S new tokens of a row, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from .layers import Runner
 from .onnx_session import open_session
 from .pages import PagePool
+from .pipeline import RankEndedError
 
 Scores = npt.NDArray[np.float32]
-DTYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
-"""Of keys and values, and the steps of INT8 ones, by what onnxruntime calls them."""
 
 
 class Text(Protocol):
@@ -61,25 +60,13 @@ class PagedProgram:
     """Computes new tokens only.
 
     Args:
-        path: Program made by `flows.export.generation`.
-        threads: Threads of one run; 0 = the runtime's choice.
-        cache_bytes: Memory of all keys and values.
+        layers: Program made by `flows.export.generation`, whole or split.
     """
 
-    def __init__(self, path: Path, threads: int, cache_bytes: int) -> None:
-        self.session = open_session(path, threads)
-        inputs = [one for one in self.session.get_inputs() if "_pages_" in one.name]
-        self.outputs = [one.name for one in self.session.get_outputs()]  # scores, then what is kept of new tokens
-        page_bytes = sum(math.prod(one.shape[1:]) * np.dtype(DTYPES[one.type]).itemsize for one in inputs)
-        page_tokens: int = inputs[0].shape[1]
-        num_pages = max(1, cache_bytes // page_bytes)
-        self.pool = PagePool(num_pages, page_tokens)
-        layers = len(inputs) // len(self.outputs[1:])
-        # of each kind of what is kept, all layers; memory is taken when a page is first written
-        self.pages = [np.zeros((layers, num_pages, *one.shape[1:]), DTYPES[one.type]) for one in inputs[::layers]]
-        pools = [pool for kind in self.pages for pool in kind]
-        self.page_inputs = dict(zip([one.name for one in inputs], pools, strict=True))
-        self.vocab_size: int = self.session.get_outputs()[0].shape[1]
+    def __init__(self, layers: Runner) -> None:
+        self.layers = layers
+        self.pool = PagePool(layers.num_pages, layers.page_tokens)
+        self.vocab_size = layers.width
 
     @property
     def used_ratio(self) -> float:
@@ -104,22 +91,22 @@ class PagedProgram:
             ids_BS[row, : counts[row]] = text.ids[text.computed : text.computed + counts[row]]
             pages = text.pages[: table.shape[1]]
             table[row, : len(pages)] = pages
-        inputs: dict[str, Any] = {
+        new_pages = np.zeros_like(ids_BS)
+        for row, text in enumerate(texts):
+            places = np.arange(text.computed, text.computed + counts[row])
+            new_pages[row, : counts[row]] = np.array(text.pages)[places // self.pool.page_tokens]
+        given = {
             "input_ids": ids_BS,
             "new_lengths": new,
             "past_lengths": past,
             "page_table": table,
-            **self.page_inputs,
+            "new_pages": new_pages,
         }
-        scores, *kept = self.session.run(self.outputs, inputs)
-        rows = np.repeat(np.arange(len(texts)), new)
-        steps = np.concatenate([np.arange(count) for count in counts])
-        places = past[rows] + steps
-        page = np.array(
-            [texts[row].pages[place] for row, place in zip(rows, places // self.pool.page_tokens, strict=True)]
-        )
-        for pool, of_new_tokens in zip(self.pages, kept, strict=True):
-            pool[:, page, places % self.pool.page_tokens] = of_new_tokens[:, rows, steps]
+        try:
+            scores = self.layers.run(given)["logits"]
+        except RankEndedError:
+            self.pool.forget()
+            raise
         for text, count in zip(texts, counts, strict=True):
             before = text.computed
             text.computed += count
