@@ -24,7 +24,7 @@ def send(to: socket.socket, message: Mapping[str, Any]) -> None:
     to.sendall(len(header).to_bytes(LENGTH_BYTES, "little") + header)
     for array in arrays:
         if array.size:
-            to.sendall(array.reshape(-1).view(np.uint8))
+            to.sendall(array.reshape(-1).data.cast("B"))
 
 
 def receive(source: socket.socket) -> dict[str, Any]:

@@ -56,10 +56,23 @@ def open_program(program: Path, settings: dict[str, Any]) -> Layers | Pipeline:
     return Layers(program, settings["threads"], settings.get("cache_bytes", 0))
 
 
-def open_part(program: Path, number: int, settings: dict[str, Any]) -> Layers:
-    """One part of a split program."""
-    path = part_path(program, number)
-    return Layers(path, settings["threads"], settings.get("cache_bytes", 0), settings.get("num_layers", 0))
+def open_part(program: Path, number: int, settings: dict[str, Any]) -> tuple[Layers, int]:
+    """One part of a split program, and the bytes of memory that it took to load it; RuntimeError if it is another."""
+    path, is_last = part_path(program, number), number == settings["pipeline_stages"] - 1
+    before = _own_bytes()
+    part = Layers(path, settings["threads"], settings.get("cache_bytes", 0), settings.get("num_layers", 0))
+    wanted = ("hidden" if number else "input_ids", "logits" if is_last else "hidden")
+    if (found := (part.inputs[0], part.outputs[0])) != wanted:
+        raise RuntimeError(
+            f"{path} makes {found[1]} of {found[0]}, and this part has to make {wanted[1]} of {wanted[0]}"
+        )
+    return part, _own_bytes() - before
+
+
+def _own_bytes() -> int:
+    """Memory of this process that it shares with no other one."""
+    _, resident, shared = map(int, Path("/proc/self/statm").read_text().split()[:3])
+    return (resident - shared) * os.sysconf("SC_PAGESIZE")
 
 
 class Pipeline:
@@ -92,7 +105,7 @@ class Pipeline:
         self._keeper = threading.Thread(target=self._keep, daemon=True)
         self._keeper.start()
         try:
-            self._first = open_part(program, 0, settings)
+            self._first, taken = open_part(program, 0, settings)
             self.num_pages, self.page_tokens = self._first.num_pages, self._first.page_tokens
         except BaseException:
             self.close()
@@ -102,6 +115,11 @@ class Pipeline:
             raise RuntimeError(self._failure)
         self._known = self._ranks
         self.width: int = self._ranks.width
+        self.part_bytes = [taken, *self._ranks.part_bytes]
+        """Memory that each rank took to load its part."""
+        print(
+            f"{program}: {self._stages} ranks, which took {self.part_bytes} bytes to load", file=sys.stderr, flush=True
+        )
 
     def run(self, given: Arrays) -> Arrays:
         """What the last rank makes of it; see `Layers.run`.
@@ -188,6 +206,7 @@ class _Ranks:
         self.has_ended = threading.Event()
         self.served = False
         self.width = 0
+        self.part_bytes: list[int] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._stages = len(digests)
         pairs = [socket.socketpair() for _ in digests]
@@ -209,11 +228,11 @@ class _Ranks:
 
     def greet(self) -> None:
         """Returns when every rank has loaded its part; RuntimeError with the reason if one cannot, or OSError."""
-        send(self.first, {HELLO: np.zeros(1)})
+        send(self.first, {HELLO: np.zeros(0, np.int64)})
         answer = receive(self.last)
         if ERROR in answer:
             raise RuntimeError(answer[ERROR].tobytes().decode())
-        self.width = int(answer[HELLO][0])
+        *self.part_bytes, self.width = answer[HELLO].tolist()
         self.served = True
 
     def find_ended(self) -> str:

@@ -46,26 +46,30 @@ def main(version_dir: Path, program: str, number: int, digest: str, parent: int,
     for asked in (signal.SIGTERM, signal.SIGINT):  # the server finishes requests first; the sockets say when it has
         signal.signal(asked, signal.SIG_IGN)
     source, to = socket.socket(fileno=read), socket.socket(fileno=write)
-    layers, failure = None, ""
+    layers, failure, taken = None, "", 0
     try:
         path = part_path(version_dir / program, number)
         check_file(find(path) or path, digest)
-        layers = open_part(version_dir / program, number, json.loads((version_dir / "settings.json").read_text()))
+        settings = json.loads((version_dir / "settings.json").read_text())
+        layers, taken = open_part(version_dir / program, number, settings)
     except Exception as error:  # whatever it is, whoever loads the model is told
         failure = f"rank {number} cannot load its part: {error}"
     try:
         while True:
             message: Arrays = receive(source)
-            if ERROR not in message:
-                message = _error(failure) if layers is None else _answer(layers, message, number)
+            if layers is None:
+                message = _error(failure)
+            elif HELLO in message:  # each says what it took; the last one's width comes last
+                width = [layers.width] if SCORES in layers.outputs else []
+                message = {HELLO: np.array([*message[HELLO], taken, *width])}
+            elif ERROR not in message:
+                message = _answer(layers, message, number)
             send(to, message)
     except OSError:  # a neighbour has ended
         return
 
 
 def _answer(layers: Layers, message: Arrays, number: int) -> Arrays:
-    if HELLO in message:
-        return {HELLO: np.array([layers.width])}
     try:
         made = layers.run(message)
     except Exception as error:  # a request that cannot be computed must not end the rank
