@@ -129,7 +129,9 @@ def test_two_ranks_answer_like_one_process_and_live_again_after_one_was_killed(
             assert len(after) == 2
             assert not {before, of_text} & set(after)
         watched = [os.pidfd_open(pid) for pid in after]
-        os.kill(server.pid, signal.SIGKILL)  # the server alone, not its session
+        assert server._process is not None
+        server._process.kill()  # alone, not its session
+        server._process.wait()
         for one in watched:
             assert select.select([one], [], [], PATIENCE_S)[0], "a rank outlived the server"
             os.close(one)
