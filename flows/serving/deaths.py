@@ -21,6 +21,8 @@ INSTANCE = 8
 """Place of the instance's name among a model process's arguments; its model file is the first."""
 RANK = b".rank"
 """What the module ends with that a rank runs; its arguments begin with the version's directory, program and number."""
+IS_RANK = "rank "
+"""What a rank's name begins with; no instance's name holds a space."""
 
 
 class DeathWatch:
@@ -109,6 +111,6 @@ def model_processes(server_pid: int) -> dict[int, tuple[str, str]]:
                 directory, number = words[3].decode(), words[5].decode()
                 model = Path(directory).parent.name
                 # of the process that started it: other instances have ranks of the same number
-                instance = f"rank {number} of {model} beside process {parent}"
+                instance = f"{IS_RANK}{number} of {model} beside process {parent}"
                 found[int(stat.parent.name)] = (f"{directory}/model.py", instance)
     return found

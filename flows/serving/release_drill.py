@@ -173,11 +173,13 @@ def check_share(load: Load, phase: str, share: float) -> None:
 
 
 def faults(load: Load, service: ReplicatedServer, requests: int) -> None:
-    """Kills a model's process, then a server, then the proxy, and prints what the clients saw of it."""
+    """Kills a model's process, then a server, then a rank if a model is split, and prints what the clients saw of it."""
     victims: dict[str, Callable[[Replica], None]] = {
         "kill -9 of a model's process": lambda replica: os.kill(model_process(replica), signal.SIGKILL),
         "kill -9 of a server": lambda replica: os.kill(server_of(replica), signal.SIGKILL),
     }
+    if ranks(service.replicas[0]):
+        victims["kill -9 of a rank"] = lambda replica: os.kill(ranks(replica)[0], signal.SIGKILL)
     for number, (name, kill) in enumerate(victims.items()):
         replica = service.replicas[number % len(service.replicas)]
         before, failed = replica.restarts, len(load.failures)
@@ -200,7 +202,15 @@ def model_process(replica: Replica) -> int:
     """Process id of one of the models' processes of a replica."""
     from flows.serving.deaths import model_processes
 
-    return next(iter(model_processes(server_of(replica))))
+    return next(pid for pid in model_processes(server_of(replica)) if pid not in ranks(replica))
+
+
+def ranks(replica: Replica) -> list[int]:
+    """Process ids of the ranks of a replica's split models."""
+    from flows.serving.deaths import IS_RANK, model_processes
+
+    found = model_processes(server_of(replica)).items()
+    return [pid for pid, (_, instance) in found if instance.startswith(IS_RANK)]
 
 
 def server_of(replica: Replica) -> int:

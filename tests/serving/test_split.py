@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
+from flows.artifact import Artifact
 from flows.compression.candidate import load_candidate
 from flows.config.serving import GenerationConfig, SplitConfig
 from flows.data.tokenizer import load_tokenizer
@@ -28,9 +29,11 @@ from flows.serving import verify
 from flows.serving.client import Client, Transport
 from flows.serving.deaths import DeathWatch, model_processes
 from flows.serving.planted_errors import _seal
+from flows.serving.release_drill import faults, load_on, serving
 from flows.serving.server import InferenceServer
 from flows.serving.text_check import Checkpoint
 from tests.serving import tiny_model
+from tests.serving.test_proxy import needs_haproxy
 from tests.serving.test_server import own_leftovers
 from tests.serving.tiny_chain import ENTRY, EXPORT, NAME, PASSPORT, Chain, build_entry
 
@@ -138,15 +141,36 @@ def test_two_ranks_answer_like_one_process_and_live_again_after_one_was_killed(
     assert own_leftovers(os.getpid()) == []
 
 
+@pytest.fixture(scope="module")
+def split_passport(split_chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    directory = tmp_path_factory.mktemp("split_passport")
+    summary = verify.build(directory, replace(PASSPORT, export=SPLIT), split_chain.passport_parents)
+    return replace(tiny_model.artifact("passport", directory), metrics=summary)
+
+
 @pytest.mark.exhaustive
-def test_a_split_version_is_proven_like_any_other(split_chain: Chain, tmp_path: Path) -> None:
-    summary = verify.build(tmp_path, replace(PASSPORT, export=SPLIT), split_chain.passport_parents)
-    assert summary["verdict"] == "passed"
-    stated = json.loads((tmp_path / "passport.json").read_text())
-    served = stated["digests"]["served_files"]
+def test_a_split_version_is_proven_like_any_other(split_passport: Artifact) -> None:
+    assert split_passport.metrics["verdict"] == "passed"
+    served = json.loads((split_passport.path / "passport.json").read_text())["digests"]["served_files"]
     for model, program in ((NAME, "model"), (TEXT, "generation")):
         assert {f"{program}-0.onnx", f"{program}-1.onnx"} <= served[model].keys()
         assert f"{program}.onnx" not in served[model]
+
+
+@pytest.mark.exhaustive
+@needs_haproxy
+def test_behind_a_proxy_no_request_fails_when_a_rank_dies(
+    publish_to: Callable[[Path, Chain, Artifact], Artifact],
+    split_chain: Chain,
+    split_passport: Artifact,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    publish_to(tmp_path / "model_repo", split_chain, split_passport)
+    with serving(tmp_path / "model_repo", tmp_path, replicas=2) as service, load_on(service, NAME) as load:
+        faults(load, service, requests=10)
+    assert load.failures == []
+    assert "kill -9 of a rank" in capsys.readouterr().out
 
 
 @pytest.mark.exhaustive
