@@ -173,7 +173,7 @@ def check_share(load: Load, phase: str, share: float) -> None:
 
 
 def faults(load: Load, service: ReplicatedServer, requests: int) -> None:
-    """Kills a model's process, then a server, then a rank if a model is split, and prints what the clients saw of it."""
+    """Kills a model's process, a server, and a rank where a model is split, and prints what clients saw of it."""
     victims: dict[str, Callable[[Replica], None]] = {
         "kill -9 of a model's process": lambda replica: os.kill(model_process(replica), signal.SIGKILL),
         "kill -9 of a server": lambda replica: os.kill(server_of(replica), signal.SIGKILL),
