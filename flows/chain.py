@@ -102,6 +102,8 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
     release = {"entry": entry, "passport": passport, "gates": gates}
     published = run(Stage("publish", "flows.serving.publish", config.publish, release))
     everything |= {"entry": entry, "passport": passport, "publish": published}
+    if program is not programs[chosen]:
+        everything["split"] = program
     report = run(Stage("report", "flows.report.stage", config, everything))
     return ChainResult(gates, report, passport, published)
 

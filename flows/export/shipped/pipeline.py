@@ -36,6 +36,8 @@ MICRO_BATCHES_PER_RANK = 2
 GRACE_S = 1.0
 """Between the end of a rank and the first refusal: whoever watches processes can end the server before it, and a proxy
 then repeats elsewhere what it had in flight."""
+ENDS_WITHIN_S = 10.0
+"""Between the end of a rank and that of those behind it."""
 RESTART_PAUSE_S = 5.0
 """Between two attempts to start ranks that cannot be started."""
 
@@ -97,7 +99,7 @@ class Pipeline:
         self._started: _Ranks | None = None
         """Those that run, though they may be loading."""
         self._known: _Ranks | None = None
-        """Those that have the keys and values of the texts that run."""
+        """Those that computed last, and have the keys and values of the texts that run; None: nothing is kept."""
         self._failure = ""
         self._refuses_from = 0.0
         self._stopping, self._settled = threading.Event(), threading.Event()
@@ -113,7 +115,6 @@ class Pipeline:
         self._settled.wait()
         if self._ranks is None:
             raise RuntimeError(self._failure)
-        self._known = self._ranks
         self.width: int = self._ranks.width
         self.part_bytes = [taken, *self._ranks.part_bytes]
         """Memory that each rank took to load its part."""
@@ -128,10 +129,10 @@ class Pipeline:
             RankEndedError: A rank has ended; also if that was since the call before, where keys and values are kept.
         """
         ranks = self._ranks
-        if ranks is None or (self.num_pages and ranks is not self._known):
-            self._known = ranks
+        if ranks is None or (self.num_pages and self._known not in (None, ranks)):
             time.sleep(max(0.0, self._refuses_from - time.monotonic()))
-            raise RankEndedError(f"{self._failure}. It is started again; try again")
+            raise self._refusal()
+        self._known = ranks
         answers, parts = [], list(self._micro_batches(given))
         sent = 0
         try:
@@ -149,7 +150,7 @@ class Pipeline:
                 answers.append(answer)
         if len(answers) < len(parts):
             ranks.has_ended.wait()
-            raise RankEndedError(f"{self._failure}. It is started again; try again")
+            raise self._refusal()
         for answer in answers:
             if ERROR in answer:
                 raise RuntimeError(answer[ERROR].tobytes().decode())
@@ -162,6 +163,10 @@ class Pipeline:
             self._started.kill()
         self._keeper.join()
 
+    def _refusal(self) -> RankEndedError:
+        self._known = None  # whoever is told takes nothing for kept
+        return RankEndedError(f"{self._failure}. It is started again; try again")
+
     def _micro_batches(self, given: Arrays) -> Iterator[Arrays]:
         rows, tokens = given["input_ids"].shape
         count = max(1, min(rows, MICRO_BATCHES_PER_RANK * self._stages, rows * tokens // MICRO_BATCH_TOKENS))
@@ -171,10 +176,11 @@ class Pipeline:
     def _keep(self) -> None:
         """Starts the ranks, hands on their answers, and starts them again when one has ended."""
         while not self._stopping.is_set():
-            ranks = self._started = _Ranks(self._program, self._digests)
-            if self._stopping.is_set():
-                ranks.kill()
+            ranks = self._started = _Ranks(self._stages)
             try:
+                ranks.start(self._program, self._digests)
+                if self._stopping.is_set():
+                    ranks.kill()
                 ranks.greet()
                 self._ranks = ranks
                 self._settled.set()
@@ -182,7 +188,7 @@ class Pipeline:
                     ranks.answers.put(receive(ranks.last))
             except OSError:
                 self._ranks, failure = None, ranks.find_ended()
-            except RuntimeError as error:
+            except Exception as error:  # whatever it is, nobody may wait for an answer for ever
                 self._ranks, failure = None, str(error)
             ranks.kill()
             self._refuses_from = time.monotonic() + GRACE_S
@@ -200,7 +206,7 @@ class Pipeline:
 class _Ranks:
     """The processes of all ranks but the first, each with a socket from the one before."""
 
-    def __init__(self, program: Path, digests: list[str]) -> None:
+    def __init__(self, stages: int) -> None:
         self.answers: SimpleQueue[Arrays | None] = SimpleQueue()
         """None: there will be no more."""
         self.has_ended = threading.Event()
@@ -208,21 +214,26 @@ class _Ranks:
         self.width = 0
         self.part_bytes: list[int] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._stages = len(digests)
-        pairs = [socket.socketpair() for _ in digests]
-        self.first, self.last = pairs[0][0], pairs[-1][1]
+        self._stages = stages
+        self._pairs = [socket.socketpair() for _ in range(stages)]
+        self.first, self.last = self._pairs[0][0], self._pairs[-1][1]
+
+    def start(self, program: Path, digests: list[str]) -> None:
+        """Starts all of them; RuntimeError if one cannot be started."""
         here = program.parent
         for number in range(1, self._stages):
-            ends = pairs[number - 1][1], pairs[number][0]
+            ends = self._pairs[number - 1][1], self._pairs[number][0]
             words = [here, program.name, number, digests[number], os.getpid(), *(end.fileno() for end in ends)]
-            self._processes.append(
-                subprocess.Popen(
+            try:
+                process = subprocess.Popen(
                     [sys.executable, "-m", f"{here.name}.rank", *map(str, words)],
                     cwd=here.parent,  # the version is a package, as it is for the server
                     stdin=subprocess.DEVNULL,
                     pass_fds=[end.fileno() for end in ends],
                 )
-            )
+            except OSError as error:
+                raise RuntimeError(f"rank {number} of {self._stages} cannot be started: {error}") from error
+            self._processes.append(process)
             for end in ends:
                 end.close()
 
@@ -238,7 +249,11 @@ class _Ranks:
     def find_ended(self) -> str:
         """Which rank has ended, and how; the others end because their neighbour did."""
         for number, process in reversed(list(enumerate(self._processes, 1))):
-            if code := process.wait():
+            try:
+                code = process.wait(ENDS_WITHIN_S)
+            except subprocess.TimeoutExpired:
+                return f"rank {number} of {self._stages} (process {process.pid}) cannot be reached"
+            if code:
                 how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
                 return f"rank {number} of {self._stages} (process {process.pid}) {how}"
         return "the ranks have ended"
@@ -249,5 +264,5 @@ class _Ranks:
             process.kill()
         for process in self._processes:
             process.wait()
-        self.first.close()
-        self.last.close()
+        for end in (end for pair in self._pairs for end in pair):
+            end.close()
