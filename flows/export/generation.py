@@ -196,7 +196,7 @@ def export_generation(model: Decoder, path: Path, cache_dtype: CacheDtype, stage
     """
     for number, (first, behind) in enumerate(share_layers(model, stages)):
         place = part_path(path, number) if stages > 1 else path
-        _export_part(DecoderPart(model, first, behind), model.config, place, cache_dtype)
+        _export_part(DecoderPart(model, first, behind, number), model.config, place, cache_dtype)
 
 
 def _export_part(part: DecoderPart, config: ModelConfig, path: Path, cache_dtype: CacheDtype) -> None:

@@ -30,11 +30,13 @@ class DecoderPart(nn.Module):
         model: The whole decoder.
         first: Number of the first layer.
         behind: Number of the layer behind the last one.
+        number: Of this part; what parts hand on is named after it, so that none fits in another one's place.
     """
 
-    def __init__(self, model: Decoder, first: int, behind: int) -> None:
+    def __init__(self, model: Decoder, first: int, behind: int, number: int = 0) -> None:
         super().__init__()
         stack = model.model
+        self.number = number
         self.is_first, self.is_last = first == 0, behind == len(stack.layers)
         self.layers = stack.layers[first:behind]
         if self.is_first:
@@ -47,12 +49,12 @@ class DecoderPart(nn.Module):
     @property
     def given(self) -> str:
         """Name of what it is given: token ids, or the residual stream."""
-        return "input_ids" if self.is_first else "hidden"
+        return "input_ids" if self.is_first else f"hidden_{self.number - 1}"
 
     @property
     def made(self) -> str:
         """Name of what it makes: the residual stream, or scores."""
-        return "logits" if self.is_last else "hidden"
+        return "logits" if self.is_last else f"hidden_{self.number}"
 
     def example(self, ids_BL: Tensor) -> Tensor:
         """Something of the form that it is given."""

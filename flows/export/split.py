@@ -72,7 +72,7 @@ def build(directory: Path, config: SplitConfig, parents: Mapping[str, Artifact])
     scores = scores_of(model, source).eval()
     shares = share_layers(model, config.pipeline_stages)
     for number, (first, behind) in enumerate(shares):
-        _export_part(DecoderPart(model, first, behind), part_path(directory / PROGRAM, number))
+        _export_part(DecoderPart(model, first, behind, number), part_path(directory / PROGRAM, number))
     copy_tokenizer(source, directory)
     parity = compare(scores, _Scoring(PartsInTurn(directory / PROGRAM, len(shares))), model.vocab_size)
     sizes = [part_path(directory / PROGRAM, number).stat().st_size for number in range(len(shares))]

@@ -28,12 +28,12 @@ def test_no_other_cuts_make_the_largest_part_smaller() -> None:
 def test_parts_hold_every_layer_once_and_nothing_of_the_others() -> None:
     model = Decoder(tiny_model.changed(num_hidden_layers=5), tiny_model.VOCAB_SIZE)
     shares = share_layers(model, 3)
-    parts = [DecoderPart(model, *share) for share in shares]
+    parts = [DecoderPart(model, *share, number) for number, share in enumerate(shares)]
     assert [layer for part in parts for layer in part.layers] == list(model.model.layers)
     assert [(part.given, part.made) for part in parts] == [
-        ("input_ids", "hidden"),
-        ("hidden", "hidden"),
-        ("hidden", "logits"),
+        ("input_ids", "hidden_0"),
+        ("hidden_0", "hidden_1"),
+        ("hidden_1", "logits"),
     ]
     weights = [{id(one) for one in part.parameters()} for part in parts]
     tied = {id(model.lm_head.weight)}

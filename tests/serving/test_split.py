@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tritonclient.utils import InferenceServerException
 
 from flows.artifact import Artifact
@@ -23,6 +24,7 @@ from flows.compression.candidate import load_candidate
 from flows.config.serving import GenerationConfig, SplitConfig
 from flows.data.tokenizer import load_tokenizer
 from flows.export import generation, split
+from flows.export.program import scores_of
 from flows.export.runtime import Program
 from flows.export.shipped.pipeline import Pipeline
 from flows.serving import verify
@@ -221,6 +223,11 @@ def test_each_rank_holds_its_share_of_the_weights_alone(split_chain: Chain, tmp_
     pipeline = Pipeline(version / "model.onnx", settings)
     try:
         print(made["part_bytes"], pipeline.part_bytes)
+        whole = load_candidate(checkpoint).eval()
+        ids, mask = rows()
+        expected = scores_of(whole, checkpoint)(torch.from_numpy(ids), torch.from_numpy(mask)).detach().numpy()
+        found = pipeline.run({"input_ids": ids, "attention_mask": mask})["logits"]
+        assert np.abs(found - expected).max() <= made["tolerance"]
         for own, taken in zip(made["part_bytes"], pipeline.part_bytes, strict=True):
             assert own == pytest.approx(made["program_bytes"] / stages, rel=0.1)
             # at least its weights; less than twice them, which would be a second part

@@ -63,7 +63,7 @@ def open_part(program: Path, number: int, settings: dict[str, Any]) -> tuple[Lay
     path, is_last = part_path(program, number), number == settings["pipeline_stages"] - 1
     before = _own_bytes()
     part = Layers(path, settings["threads"], settings.get("cache_bytes", 0), settings.get("num_layers", 0))
-    wanted = ("hidden" if number else "input_ids", "logits" if is_last else "hidden")
+    wanted = (f"hidden_{number - 1}" if number else "input_ids", "logits" if is_last else f"hidden_{number}")
     if (found := (part.inputs[0], part.outputs[0])) != wanted:
         raise RuntimeError(
             f"{path} makes {found[1]} of {found[0]}, and this part has to make {wanted[1]} of {wanted[0]}"
