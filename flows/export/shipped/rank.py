@@ -57,12 +57,12 @@ def main(version_dir: Path, program: str, number: int, digest: str, parent: int,
     try:
         while True:
             message: Arrays = receive(source)
-            if layers is None:
+            if layers is None and ERROR not in message:
                 message = _error(failure)
-            elif HELLO in message:  # each says what it took; the last one's width comes last
+            elif layers is not None and HELLO in message:  # each says what it took; the last one's width comes last
                 width = [layers.width] if SCORES in layers.outputs else []
                 message = {HELLO: np.array([*message[HELLO], taken, *width])}
-            elif ERROR not in message:
+            elif layers is not None and ERROR not in message:
                 message = _answer(layers, message, number)
             send(to, message)
     except OSError:  # a neighbour has ended
