@@ -94,16 +94,21 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
     chosen = gates.metrics["chosen"]
     if chosen is None:
         return ChainResult(gates, run(Stage("report", "flows.report.stage", config, everything)))
-    made_from = {"program": programs[chosen]}
+    program = programs[chosen]
+    if config.export.pipeline_stages > 1:
+        program = run(Stage("split", "flows.export.split", config.split(), {"model": models[chosen]}))
+    made_from = {"program": program}
     if config.model.architecture == Architecture.decoder:
         generation = run(Stage("generation", "flows.export.generation", config.generation(), {"model": models[chosen]}))
         made_from["generation"] = generation
     entry = run(Stage("entry", "flows.serving.entry", config.entry(), made_from))
-    proof = {**data, "entry": entry, "model": models[chosen], "program": programs[chosen]}
+    proof = {**data, "entry": entry, "model": models[chosen], "program": program}
     passport = run(Stage("passport", "flows.serving.verify", config.passport(), proof))
     release = {"entry": entry, "passport": passport, "gates": gates}
     published = run(Stage("publish", "flows.serving.publish", config.publish, release))
     everything |= {"entry": entry, "passport": passport, "publish": published}
+    if program is not programs[chosen]:
+        everything["split"] = program
     report = run(Stage("report", "flows.report.stage", config, everything))
     return ChainResult(gates, report, passport, published)
 

@@ -29,6 +29,7 @@ from flows.config.serving import (
     PassportConfig,
     PublishConfig,
     ServeConfig,
+    SplitConfig,
     VerifyConfig,
 )
 from flows.config.steps import BASE, StepConfig, StepKind, check_steps
@@ -111,6 +112,13 @@ class Config:
                 "their beginning each time, nothing of them is kept",
                 "Set export.cache_dtype=float32.",
             )
+            require(
+                self.export.pipeline_stages == 1,
+                "export.pipeline_stages",
+                self.export.pipeline_stages,
+                f"cannot be combined with model.architecture={self.model.architecture}: its layers are not ours to cut",
+                "Set export.pipeline_stages=1.",
+            )
         if self.model.family == Family.masked_lm:
             self._check_masked()
         for section, model in {"model": self.model, "distill.student": self.distill.student}.items():
@@ -141,7 +149,19 @@ class Config:
             self.step_settings(name)
         self.training_runs()
         check_students(self)
+        self._check_stages()
         self.passport()
+
+    def _check_stages(self) -> None:
+        for name, shape in self.shapes().items():
+            require(
+                self.export.pipeline_stages <= shape.num_hidden_layers
+                or self.publish.candidate not in (AUTO_CANDIDATE, name),
+                "export.pipeline_stages",
+                self.export.pipeline_stages,
+                f"must not exceed the {shape.num_hidden_layers} layers of {name}, which may be published",
+                f"Set export.pipeline_stages={shape.num_hidden_layers}, or publish.candidate to a deeper one.",
+            )
 
     def _check_masked(self) -> None:
         require(
@@ -293,7 +313,11 @@ class Config:
 
     def generation(self) -> GenerationConfig:
         """Program of the chosen candidate that generates text."""
-        return GenerationConfig(cache_dtype=self.export.cache_dtype)
+        return GenerationConfig(cache_dtype=self.export.cache_dtype, pipeline_stages=self.export.pipeline_stages)
+
+    def split(self) -> SplitConfig:
+        """Program of the chosen candidate in parts, for several ranks."""
+        return SplitConfig(pipeline_stages=self.export.pipeline_stages)
 
     def entry(self) -> EntryConfig:
         """Model repository entry of the chosen candidate."""

@@ -45,7 +45,10 @@ class ExportConfig:
     instances: int = 1
     """Copies of the model that serve in parallel."""
     threads: int = 0
-    """Threads of each instance; 0 = the runtime's choice."""
+    """Threads of each instance, and of each of its ranks; 0 = the runtime's choice."""
+    pipeline_stages: int = 1
+    """Ranks that an instance is split over, for a model too large for one: each is a process that loads its own layers
+    and keeps their keys and values alone; hidden states pass from one to the next (GPipe, arXiv:1811.06965)."""
     max_new_tokens: int = 256
     """Most tokens that one text request may ask for; never more than data.sequence_length."""
     max_running: int = 16
@@ -73,6 +76,7 @@ class ExportConfig:
             [
                 "max_batch_size",
                 "instances",
+                "pipeline_stages",
                 "max_new_tokens",
                 "max_running",
                 "max_waiting",
@@ -294,6 +298,15 @@ class GenerationConfig:
     """What the program that generates text depends on, besides its model."""
 
     cache_dtype: CacheDtype = CacheDtype.float32
+    pipeline_stages: int = 1
+    """Parts that it is made in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """How a program is made in parts."""
+
+    pipeline_stages: int
 
 
 @dataclass(frozen=True, kw_only=True)

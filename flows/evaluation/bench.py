@@ -26,6 +26,7 @@ from flows.evaluation.latency import take_turns
 from flows.export import generation, program
 from flows.export.runtime import PROGRAM, Program
 from flows.export.shipped.continuous_batching import Generator, Text
+from flows.export.shipped.layers import Layers
 from flows.export.shipped.sampling import Sampling
 from flows.export.shipped.text_programs import PagedProgram
 
@@ -99,7 +100,9 @@ def _resident(directory: Path, tokens: int) -> int:
 
 def _generate_in_turns(directories: Mapping[str, Path], count: int) -> dict[str, float]:
     """Generated tokens per second of each program when `count` texts run at once, the best of several rounds."""
-    programs = {name: PagedProgram(path / generation.GENERATION, 0, CACHE_BYTES) for name, path in directories.items()}
+    programs = {
+        name: PagedProgram(Layers(path / generation.GENERATION, 0, CACHE_BYTES)) for name, path in directories.items()
+    }
     names, best = list(programs), dict.fromkeys(programs, 0.0)
     random = np.random.default_rng(0)
     for turn in range(1 + ROUNDS):

@@ -26,11 +26,15 @@ from torch.nn.functional import embedding
 
 from flows.artifact import Artifact
 from flows.compression.candidate import load_candidate
+from flows.config.model import ModelConfig
 from flows.config.serving import CacheDtype, GenerationConfig
 from flows.export.coded_cache import CODES, decode, encode, keep_cache_in
 from flows.export.graph import export_graph
 from flows.export.parity import compare
+from flows.export.parts import DecoderPart, PartsInTurn, share_layers
 from flows.export.program import NextTokenScores
+from flows.export.shipped.layers import STATES, Layers, Runner
+from flows.export.shipped.pipeline import part_path
 from flows.export.shipped.text_programs import PagedProgram
 from flows.model.attention import Attention, angles, attend
 from flows.model.decoder import Decoder
@@ -45,7 +49,7 @@ CHECKED_BYTES = 1 << 26
 
 
 def build(directory: Path, config: GenerationConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
-    """Stage: writes generation.onnx.
+    """Stage: writes generation.onnx, or generation-0.onnx and so on for as many ranks.
 
     Args:
         directory: Where it goes.
@@ -60,11 +64,13 @@ def build(directory: Path, config: GenerationConfig, parents: Mapping[str, Artif
     """
     model = load_candidate(parents["model"].path)
     assert isinstance(model, Decoder), "others have no such program"
-    export_generation(model, directory / GENERATION, config.cache_dtype)
+    export_generation(model, directory / GENERATION, config.cache_dtype, config.pipeline_stages)
     whole = load_candidate(parents["model"].path)
     assert isinstance(whole, Decoder)
     keep_cache_in(config.cache_dtype, whole)
-    parity = compare(NextTokenScores(whole).eval(), _TokenByToken(directory / GENERATION), whole.vocab_size)
+    path, stages, num_layers = directory / GENERATION, config.pipeline_stages, whole.config.num_hidden_layers
+    made = PartsInTurn(path, stages, CHECKED_BYTES, num_layers) if stages > 1 else Layers(path, 0, CHECKED_BYTES)
+    parity = compare(NextTokenScores(whole).eval(), _TokenByToken(made), whole.vocab_size)
     return {"largest_difference": parity.largest_difference, "tolerance": parity.tolerance}
 
 
@@ -82,8 +88,8 @@ class _Ids:
 class _TokenByToken:
     """Next-token scores as generation computes them: half of each row at once, then one token after the other."""
 
-    def __init__(self, path: Path) -> None:
-        self._program = PagedProgram(path, 0, CHECKED_BYTES)
+    def __init__(self, layers: Runner) -> None:
+        self._program = PagedProgram(layers)
 
     def next_token_scores(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """Scores [batch, vocab] of the token after each row's last real one."""
@@ -106,15 +112,16 @@ class GenerationStep(nn.Module):
     """Scores of the tokens after chosen new ones, the new tokens' keys and values, and what they look like at the end.
 
     Args:
-        model: Any decoder, floating-point or of few bits; its attention layers are told to look at pages from then on.
+        part: Of any decoder, floating-point or of few bits; its attention layers are told to look at pages from then
+            on. One that does not have the last layer makes the residual stream instead of scores.
         cache_dtype: In what keys and values are kept.
     """
 
     numbers: Tensor
 
-    def __init__(self, model: Decoder, cache_dtype: CacheDtype) -> None:
+    def __init__(self, part: DecoderPart, cache_dtype: CacheDtype) -> None:
         super().__init__()
-        self.model = model
+        self.part = part
         self.codes = CODES.get(cache_dtype)
         self.attend_to_pages: Callable[..., Tensor] = _attend_to_pages
         if self.codes is not None:
@@ -123,42 +130,43 @@ class GenerationStep(nn.Module):
             self.register_buffer("numbers", torch.arange(256).to(torch.uint8).view(FP8)[:, None])
 
     def forward(
-        self, input_ids: Tensor, scored: Tensor, past_lengths: Tensor, page_table: Tensor, *pages: Tensor
+        self, given: Tensor, scored: Tensor, past_lengths: Tensor, page_table: Tensor, *pages: Tensor
     ) -> tuple[Tensor, ...]:
         """Scores [R, V]; new keys and values, each [N, B, S, G, K], of codes also their steps [N, B, S, G, 1]; and the
         new tokens' hidden states after the final norm [B, S, D].
 
         Args:
-            input_ids: New tokens [B, S], int64, padded on the right.
+            given: New tokens [B, S], int64, padded on the right; or the residual stream of them [B, S, D].
             scored: Which of them meet the output projection [R], at least one: row x S + place in the row.
             past_lengths: Tokens before them [B]; 0 for a new text.
             page_table: Numbers of the pages that hold those [B, M], in order; what lies behind them does not matter.
             *pages: Pool of each layer's keys, then of each layer's values, [pages, T, G, K] float32, int8 or uint8,
                 the bytes of E4M3; of codes then of their steps, [pages, T, G, 1] float32.
         """
-        stack = self.model.model
-        num_layers, length = len(stack.layers), input_ids.shape[1]
-        order_S = torch.arange(length, device=input_ids.device)
+        part = self.part
+        num_layers, length = len(part.layers), given.shape[1]
+        order_S = torch.arange(length, device=given.device)
         positions_BS = past_lengths[:, None] + order_S
-        past_P = torch.arange(page_table.shape[1] * PAGE_TOKENS, device=input_ids.device)
+        past_P = torch.arange(page_table.shape[1] * PAGE_TOKENS, device=given.device)
         is_past_BSP = (past_P < past_lengths[:, None])[:, None].expand(-1, length, -1)
-        is_before_BSS = (order_S[:, None] >= order_S)[None].expand(input_ids.shape[0], -1, -1)
+        is_before_BSS = (order_S[:, None] >= order_S)[None].expand(given.shape[0], -1, -1)
         allowed_B1SP = torch.cat((is_past_BSP, is_before_BSS), dim=-1)[:, None]
-        x_BSD = stack.embed_tokens(input_ids)
-        rotation = angles(positions_BS, stack.head_dim, stack.rope_theta)
+        x_BSD = part.enter(given)
+        rotation = angles(positions_BS, part.head_dim, part.rope_theta)
         new: list[tuple[Tensor, ...]] = []
-        for number, layer in enumerate(stack.layers):
+        for number, layer in enumerate(part.layers):
             attention = layer.self_attn
             assert isinstance(attention, Attention)
             past = tuple(self.read(pool, page_table) for pool in pages[number::num_layers])
             attention.attend = partial(self.attend_to_pages, past, new)
             x_BSD = layer(x_BSD, rotation, allowed_B1SP)
-        hidden_BSD = stack.norm(x_BSD)
-        scores_RV = self.model.lm_head(embedding(scored, hidden_BSD.flatten(0, 1)))
         kept = [torch.stack(of_all_layers) for of_all_layers in zip(*new, strict=True)]
         if self.codes == FP8:
             kept[:2] = [numbers.to(FP8) for numbers in kept[:2]]
-        return scores_RV, *kept, hidden_BSD
+        if not part.is_last:
+            return x_BSD, *kept
+        hidden_BSD = part.norm(x_BSD)
+        return part.lm_head(embedding(scored, hidden_BSD.flatten(0, 1))), *kept, hidden_BSD
 
     def read(self, pages: Tensor, page_table_BM: Tensor) -> Tensor:
         """Keys or values of the rows' pages, or their steps [B, G, P, K or 1]; of E4M3 the numbers, as float32."""
@@ -200,10 +208,22 @@ def _attend_to_coded_pages(
     return attend(q_BHSK, decode(k_codes, k_steps), decode(v_codes, v_steps), allowed_B1SP)
 
 
-def export_generation(model: Decoder, path: Path, cache_dtype: CacheDtype) -> None:
-    """Writes the graph, for any number of rows, new tokens and pages; equal weights give equal bytes."""
-    config = model.config
-    heads, width, layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
+def export_generation(model: Decoder, path: Path, cache_dtype: CacheDtype, stages: int = 1) -> None:
+    """Writes the graph, for any number of rows, new tokens and pages; equal weights give equal bytes.
+
+    Args:
+        model: Any decoder.
+        path: ONNX file; of several parts each is beside it, numbered.
+        cache_dtype: In what keys and values are kept.
+        stages: Parts that it is made in.
+    """
+    for number, (first, behind) in enumerate(share_layers(model, stages)):
+        place = part_path(path, number) if stages > 1 else path
+        _export_part(DecoderPart(model, first, behind, number), model.config, place, cache_dtype)
+
+
+def _export_part(part: DecoderPart, config: ModelConfig, path: Path, cache_dtype: CacheDtype) -> None:
+    heads, width, layers = config.num_key_value_heads, config.head_dim, len(part.layers)
     codes = torch.zeros(5, PAGE_TOKENS, heads, width, dtype=POOL_DTYPES[cache_dtype])
     kept = {"key": codes, "value": codes}
     if cache_dtype != CacheDtype.float32:
@@ -212,19 +232,19 @@ def export_generation(model: Decoder, path: Path, cache_dtype: CacheDtype) -> No
     names = ("rows", "new_tokens", "scored_tokens", "row_pages", "pool_pages")
     rows, new, scored, table, pool = map(torch.export.Dim, names)
     export_graph(
-        GenerationStep(model, cache_dtype),
+        GenerationStep(part, cache_dtype),
         (
-            torch.zeros(2, 3, dtype=torch.int64),
+            part.example(torch.zeros(2, 3, dtype=torch.int64)),
             torch.ones(4, dtype=torch.int64),
             torch.ones(2, dtype=torch.int64),
             torch.zeros(2, 4, dtype=torch.int64),
             *pages,
         ),
         [
-            *("input_ids", "scored", "past_lengths", "page_table"),
+            *(part.given, "scored", "past_lengths", "page_table"),
             *(f"{kind}_pages_{layer}" for kind in kept for layer in range(layers)),
         ],
-        ["logits", *(f"new_{kind}s" for kind in kept), "hidden_states"],
+        [part.made, *(f"new_{kind}s" for kind in kept), *([STATES] if part.is_last else [])],
         ({0: rows, 1: new}, {0: scored}, {0: rows}, {0: rows, 1: table}, tuple({0: pool} for _ in pages)),
         path,
     )

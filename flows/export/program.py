@@ -37,8 +37,13 @@ class NextTokenScores(nn.Module):
 
     def place(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Position in each row whose scores are asked for [batch]: the last real one."""
-        order = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-        return (attention_mask * order).argmax(1)
+        return last_places(attention_mask)
+
+
+def last_places(attention_mask: Tensor) -> Tensor:
+    """Position of the last real token of each row [batch]; mask [batch, length], padding on either side."""
+    order = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+    return (attention_mask * order).argmax(1)
 
 
 class HiddenTokenScores(NextTokenScores):

@@ -111,9 +111,9 @@ def _parents_first(parents: Mapping[str, set[str]]) -> list[str]:
 def _lanes(roles: Mapping[str, Artifact], candidates: Sequence[str], served: set[str]) -> dict[str, float]:
     """Candidates one below the other, what all share in the middle, gates below, what is served beside its program."""
     lane_of = {name: float(lane) for lane, name in enumerate(candidates)}
-    chosen = next((lane_of[name] for name in candidates if f"program:{name}" in served), 0.0)
+    chosen = max((lane_of[name] for name in candidates if name in served), default=0.0)  # the last was made of others
     middle = (len(candidates) - 1) / 2
-    shared = {"gates": float(len(candidates)), "entry": chosen, "passport": chosen, "publish": chosen}
+    shared = {"gates": float(len(candidates)), **dict.fromkeys(("split", "entry", "passport", "publish"), chosen)}
     return {role: lane_of.get(role.removeprefix("program:"), shared.get(role, middle)) for role in roles}
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from flows.serving.scores_check import Check
 EMBEDDED = "configs/embedded.pbtxt"
 
 
-def expected_configs(config: PassportConfig, program: Path) -> dict[str, config_pbtxt.ModelConfig]:
+def expected_configs(config: PassportConfig, program: Sequence[Path]) -> dict[str, config_pbtxt.ModelConfig]:
     """What each file below the model repository has to say, made anew from the program's graph.
 
     Args:
         config: Name and limits.
-        program: ONNX file.
+        program: ONNX file, or those of its parts.
     """
     entry = EntryConfig(
         model_name=config.model_name, keep_versions=2, sequence_length=config.sequence_length, export=config.export
@@ -33,7 +33,7 @@ def expected_configs(config: PassportConfig, program: Path) -> dict[str, config_
         embedded: config_pbtxt.scores_config(entry, inputs, outputs, embedded=embedded) for embedded in (False, True)
     }
     return {
-        f"{config.model_name}/config.pbtxt": scores[config.export.encrypt_weights],
+        f"{config.model_name}/config.pbtxt": scores[config_pbtxt.needs_our_model(config.export)],
         f"{config.model_name}/{EMBEDDED}": scores[True],
         f"{config.model_name}_text/config.pbtxt": config_pbtxt.text_config(entry),
     }

@@ -13,7 +13,7 @@ from google.protobuf import json_format, text_format
 from google.protobuf.text_format import ParseError
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from flows.config.serving import EntryConfig
+from flows.config.serving import EntryConfig, ExportConfig
 from flows.export.runtime import ProgramError
 from flows.serving.repository import model_names
 
@@ -77,19 +77,25 @@ TEXT_OUTPUTS = (
 )
 
 
-def read_graph(program: Path) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs and outputs of an ONNX program, the batch dimension left out.
+def read_graph(program: Sequence[Path]) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs of an ONNX program's first part and outputs of its last one, the batch dimension left out.
 
     Raises:
         ProgramError: They are not `input_ids`, `attention_mask` [batch, length] and `logits` [batch, vocabulary].
     """
-    graph = onnx.load(program, load_external_data=False).graph
-    inputs, outputs = [_tensor(value) for value in graph.input], [_tensor(value) for value in graph.output]
+    first, last = (onnx.load(part, load_external_data=False).graph for part in (program[0], program[-1]))
+    inputs, outputs = [_tensor(value) for value in first.input], [_tensor(value) for value in last.output]
+    names = " to ".join(str(part) for part in dict.fromkeys((program[0], program[-1])))
     if {tensor.name for tensor in inputs} != PROGRAM_INPUTS or any(tensor.dims != (-1,) for tensor in inputs):
-        raise ProgramError(f"{program} has inputs {inputs}; needed are {sorted(PROGRAM_INPUTS)} of [batch, length].")
+        raise ProgramError(f"{names} has inputs {inputs}; needed are {sorted(PROGRAM_INPUTS)} of [batch, length].")
     if {tensor.name for tensor in outputs} != PROGRAM_OUTPUTS or len(outputs[0].dims) != 1 or outputs[0].dims[0] < 1:
-        raise ProgramError(f"{program} has outputs {outputs}; needed is logits of [batch, vocabulary size].")
+        raise ProgramError(f"{names} has outputs {outputs}; needed is logits of [batch, vocabulary size].")
     return inputs, outputs
+
+
+def needs_our_model(config: ExportConfig) -> bool:
+    """Whether the ONNX backend cannot serve the scores on any server: it reads one file, and cannot decrypt it."""
+    return config.encrypt_weights or config.pipeline_stages > 1
 
 
 def _tensor(value: onnx.ValueInfoProto) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sees at once when an inference server or one of its models' processes dies, or such a process is stopped.
+"""Sees at once when an inference server, one of its models' processes, or a rank of a split model dies or is stopped.
 
 The server never starts a dead model process again, goes on saying that it is ready, and answers the requests that the
 process had with errors, after about a second; of one that does not run (SIGSTOP) it thinks the same. Who is told within
@@ -22,6 +22,10 @@ INSTANCE = 8
 """Place of the instance's name among a model process's arguments; its model file is the first."""
 LOOK_MS = 200
 """How often it is looked whether a process is stopped."""
+RANK = b".rank"
+"""What the module ends with that a rank runs; its arguments begin with the version's directory, program and number."""
+IS_RANK = "rank "
+"""What a rank's name begins with; no instance's name holds a space."""
 
 
 class DeathWatch:
@@ -114,8 +118,16 @@ def model_processes(server_pid: int) -> dict[int, tuple[str, str]]:
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, IndexError):
-            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            state, parent, _, session = stat.read_text().rpartition(")")[2].split()[:4]
             words = stat.with_name("cmdline").read_bytes().split(b"\0")
-            if int(session) == server_pid and state != "Z" and words[0].endswith(STUB):
+            if int(session) != server_pid or state == "Z":
+                continue
+            if words[0].endswith(STUB):
                 found[int(stat.parent.name)] = (words[1].decode(), words[INSTANCE].decode())
+            elif words[2].endswith(RANK):
+                directory, number = words[3].decode(), words[5].decode()
+                model = Path(directory).parent.name
+                # of the process that started it: other instances have ranks of the same number
+                instance = f"{IS_RANK}{number} of {model} beside process {parent}"
+                found[int(stat.parent.name)] = (f"{directory}/model.py", instance)
     return found

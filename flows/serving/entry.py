@@ -26,7 +26,10 @@ REPOSITORY = "repo"
 STAGED_VERSION = "1"
 FILES = "files.json"
 SHIPPED = Path(__file__).parents[1] / "export" / "shipped"
-SCORES_SOURCES = ("digests.py", "encryption.py", "onnx_session.py")
+SCORES_SOURCES = (
+    *("digests.py", "encryption.py", "layers.py", "messages.py", "onnx_session.py", "pipeline.py"),
+    "rank.py",
+)
 TEXT_SOURCES = (
     *SCORES_SOURCES,
     "continuous_batching.py",
@@ -62,20 +65,25 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
     from flows.serving import config_pbtxt
 
     program = parents["program"].path
-    inputs, outputs = config_pbtxt.read_graph(program / "model.onnx")
+    stages = config.export.pipeline_stages
+    inputs, outputs = config_pbtxt.read_graph(program_files(program / PROGRAM, stages))
     scores, text = (directory / REPOSITORY / name for name in model_names(config.model_name))
 
     version = scores / STAGED_VERSION
     version.mkdir(parents=True)
-    shutil.copy(program / "model.onnx", version)
+    for path in program_files(program / PROGRAM, stages):
+        shutil.copy(path, version)
     _copy_sources(version, "scores.py", SCORES_SOURCES)
-    settings = {"sequence_length": config.sequence_length, "threads": config.export.threads}
+    settings = {
+        "sequence_length": config.sequence_length,
+        "threads": config.export.threads,
+        "pipeline_stages": stages,
+    }
     _encrypt(version, config)
     _seal(version, settings)
     (scores / "configs").mkdir()
-    # the ONNX backend reads files, and cannot decrypt
     for path, embedded in (
-        (scores / "config.pbtxt", config.export.encrypt_weights),
+        (scores / "config.pbtxt", config_pbtxt.needs_our_model(config.export)),
         (scores / "configs" / "embedded.pbtxt", True),
     ):
         message = config_pbtxt.scores_config(config, inputs, outputs, embedded=embedded)
@@ -91,10 +99,13 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
     (version / CHAT_TEMPLATE_FILE).write_text(chat_template(program))
     _copy_sources(version, "text.py", TEXT_SOURCES)
     if "generation" in parents:
-        shutil.copy(parents["generation"].path / GENERATION, version)
-        _check_cache(version / GENERATION, config)
+        parts = program_files(parents["generation"].path / GENERATION, stages)
+        for path in parts:
+            shutil.copy(path, version)
+        num_layers = _check_cache(parts, config)
     else:
         shutil.copy(program / PROGRAM, version)
+        num_layers = 0
     export, longest = config.export, min(config.export.max_new_tokens, config.sequence_length)
     text_settings = {
         "sequence_length": config.sequence_length,
@@ -102,7 +113,9 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
         "end_of_text": end_of_text(program),
         "default_max_tokens": min(longest, max(1, config.sequence_length // 4)),
         "threads": export.threads,
+        "pipeline_stages": stages,
         "cache_bytes": export.cache_mb * 10**6,
+        "num_layers": num_layers,
         # computing half a prompt saves nothing where the whole is computed again
         "prefill_tokens": export.prefill_tokens if "generation" in parents else config.sequence_length,
         "max_running": export.max_running,
@@ -116,6 +129,18 @@ def build(directory: Path, config: EntryConfig, parents: Mapping[str, Artifact])
         "vocab_size": outputs[0].dims[0],
         "bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
     }
+
+
+def program_files(program: Path, stages: int) -> list[Path]:
+    """Files of a program, whole or in parts.
+
+    Args:
+        program: The file that it has if it is whole.
+        stages: Parts that it was made in.
+    """
+    from flows.export.shipped.pipeline import part_path
+
+    return [part_path(program, number) for number in range(stages)] if stages > 1 else [program]
 
 
 def version_digests(version_dir: Path) -> dict[str, str]:
@@ -148,12 +173,14 @@ def _copy_sources(version: Path, model: str, others: Sequence[str]) -> None:
         shutil.copyfile(SHIPPED / name, version / name)
 
 
-def _check_cache(generation: Path, config: EntryConfig) -> None:
+def _check_cache(parts: Sequence[Path], config: EntryConfig) -> int:
+    """How many layers the parts of a program have."""
     import onnx
 
     from flows.export.generation import PAGE_TOKENS
 
-    pages = [one for one in onnx.load(generation, load_external_data=False).graph.input if "_pages_" in one.name]
+    graphs = [onnx.load(part, load_external_data=False).graph for part in parts]
+    pages = [one for graph in graphs for one in graph.input if "_pages_" in one.name]
     token_bytes = sum(
         onnx.helper.tensor_dtype_to_np_dtype(one.type.tensor_type.elem_type).itemsize
         * math.prod(dim.dim_value for dim in one.type.tensor_type.shape.dim[2:])
@@ -167,6 +194,7 @@ def _check_cache(generation: Path, config: EntryConfig) -> None:
         f"does not hold one text of {tokens} tokens x {token_bytes} bytes",
         f"Set export.cache_mb={-(-8 * tokens * token_bytes // 10**6)} or more.",
     )
+    return sum(one.name.startswith("key_pages_") for one in pages)
 
 
 def _encrypt(version: Path, config: EntryConfig) -> None:

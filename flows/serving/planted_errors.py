@@ -66,12 +66,17 @@ class Plant:
 
 
 def _edit_program(version: Path, edit: Callable[[onnx.GraphProto], None]) -> None:
-    place = encryption.find(version / PROGRAM)
-    assert place is not None
+    place = _program(version)
     model = onnx.load_model_from_string(encryption.read(place))
     place.unlink()
     edit(model.graph)
-    onnx.save(model, version / PROGRAM)
+    onnx.save(model, place.with_name(place.name.removesuffix(encryption.SUFFIX)))
+
+
+def _program(version: Path) -> Path:
+    """The scores' program; of a split one the last part."""
+    places = version.glob(f"{Path(PROGRAM).stem}*{Path(PROGRAM).suffix}*")
+    return max(places, key=lambda path: (len(path.name), path.name))
 
 
 def _edit_source(name: str, before: str, after: str) -> Callable[[Path, Decoder], None]:
@@ -217,8 +222,7 @@ def _replaced_file(repository: Path, model: str, own: int, server: InferenceServ
     """A version one of whose files was replaced after it was published, as the server meets it."""
     place = repository / model / str(own + len(PLANTS) + 1)
     shutil.copytree(repository / model / str(own), place)
-    program = encryption.find(place / PROGRAM)
-    assert program is not None
+    program = _program(place)
     content = program.read_bytes()
     program.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     told = "it was loaded"

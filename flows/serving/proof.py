@@ -21,6 +21,7 @@ from flows.config.serving import CacheDtype, PassportConfig
 from flows.data.mixture import open_split
 from flows.data.tokenizer import load_tokenizer
 from flows.export.coded_cache import keep_cache_in
+from flows.export.runtime import PROGRAM
 from flows.export.shipped import encryption
 from flows.model.decoder import Decoder
 from flows.serving import config_pbtxt
@@ -28,7 +29,7 @@ from flows.serving.client import TRANSPORTS, Transport
 from flows.serving.config_check import check_served_configs, expected_configs, served_backend
 from flows.serving.edge_check import check_refusals, check_special_tokens, special_inputs
 from flows.serving.endpoint import Endpoint
-from flows.serving.entry import FILES, REPOSITORY, STAGED_VERSION, read_files, version_digests
+from flows.serving.entry import FILES, REPOSITORY, STAGED_VERSION, program_files, read_files, version_digests
 from flows.serving.given_text_check import GivenTexts, check_given_texts, make_given_texts
 from flows.serving.recorded_samples import RECORDED, record_samples
 from flows.serving.repository import PASSPORT, model_names
@@ -107,7 +108,9 @@ def expect(config: PassportConfig, parents: Mapping[str, Artifact]) -> Expected:
         special_rows=range(len(everything) - len(special), len(everything)),
         checkpoint=checkpoint,
         prompts=prompts,
-        configs=expected_configs(config, parents["program"].path / "model.onnx"),
+        configs=expected_configs(
+            config, program_files(parents["program"].path / PROGRAM, config.export.pipeline_stages)
+        ),
         vocab_size=vocab_size,
         random=random,
         inputs={
@@ -193,7 +196,7 @@ def check_digests(
         for listed in (read_files(place), stated[name]):
             wrong += [f"{name}/{version}/{file}" for file in listed if on_disk.get(file) != listed[file]]
     sources = {
-        f"{models[0]}/{version}/model.onnx": parents["program"].path / "model.onnx",
+        **{f"{models[0]}/{version}/{path.name}": path for path in parents["program"].path.glob("*.onnx")},
         f"{models[1]}/{version}/tokenizer.json": parents["tokenizer"].path / "tokenizer.json",
     }
     wrong += [name for name, path in sources.items() if _content(repository / name) != path.read_bytes()]

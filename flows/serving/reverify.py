@@ -24,7 +24,7 @@ from flows.export.runtime import PROGRAM
 from flows.serving.client import Transport
 from flows.serving.config_check import check_config_files, expected_configs
 from flows.serving.endpoint import Endpoint
-from flows.serving.entry import FILES, REPOSITORY
+from flows.serving.entry import FILES, REPOSITORY, program_files
 from flows.serving.installation import ServerError
 from flows.serving.proof import (
     PROVEN_FROM,
@@ -167,11 +167,12 @@ def check_files(proven: Proven) -> list[Check]:
     name, parents = proven.config.model_name, proven.parents
     models = model_names(name)
     stated = staged_files(parents["entry"], models)
+    program = program_files(parents["program"].path / PROGRAM, proven.config.export.pipeline_stages)
     return [
         _check_passport(proven.store, proven.repository / name / str(proven.version) / PASSPORT),
         _check_lineage(proven.store, parents),
         check_digests(proven.repository, str(proven.version), models, parents, stated),
-        *check_config_files(proven.repository, expected_configs(proven.config, parents["program"].path / PROGRAM)),
+        *check_config_files(proven.repository, expected_configs(proven.config, program)),
     ]
 
 

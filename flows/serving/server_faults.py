@@ -9,14 +9,15 @@ from functools import partial
 
 from flows.config import RunError
 from flows.config.serving import ServeConfig
-from flows.serving.deaths import model_processes
+from flows.serving.deaths import IS_RANK, model_processes
 from flows.serving.release_load import SCORES, TEXT, Load, has_answered
 from flows.serving.replica import Replica
 from flows.serving.replicas import ReplicatedServer
 
 
 def faults(load: Load, service: ReplicatedServer, requests: int, probe_timeout_s: float) -> None:
-    """Kills a model's process and a server, then stops one of each so that it hangs; prints what the clients saw.
+    """Kills a model's process and a server, then stops one of each so that it hangs, and kills a rank where a model is
+    split; prints what the clients saw.
 
     A request that was sent to a hung server waits until that is found out; then the proxy repeats it elsewhere.
 
@@ -30,7 +31,8 @@ def faults(load: Load, service: ReplicatedServer, requests: int, probe_timeout_s
         RunError: A fault was found out later than the probes of all models, one after the other, take.
     """
     known_after_s = ServeConfig.probe_interval_s + probe_timeout_s * len((SCORES, TEXT))
-    for number, (name, victim, what) in enumerate(FAULTS):
+    chosen = (*FAULTS, OF_A_RANK) if ranks(service.replicas[0]) else FAULTS
+    for number, (name, victim, what) in enumerate(chosen):
         replica = service.replicas[number % len(service.replicas)]
         load.wait_until(partial(_serves, replica), f"{replica.name} does not serve")
         before, failed = replica.restarts, len(load.failures)
@@ -74,7 +76,18 @@ def _is_back(replica: Replica, restarts: int) -> bool:
 
 def model_process(replica: Replica) -> int:
     """Process id of one of the models' processes of a replica."""
-    return next(iter(model_processes(server_of(replica))))
+    return next(pid for pid in model_processes(server_of(replica)) if pid not in ranks(replica))
+
+
+def rank(replica: Replica) -> int:
+    """Process id of a rank of a replica's split model."""
+    return ranks(replica)[0]
+
+
+def ranks(replica: Replica) -> list[int]:
+    """Process ids of the ranks of a replica's split models."""
+    found = model_processes(server_of(replica)).items()
+    return [pid for pid, (_, instance) in found if instance.startswith(IS_RANK)]
 
 
 def server_of(replica: Replica) -> int:
@@ -91,3 +104,4 @@ FAULTS = (
     ("a server hangs", *HANG),
 )
 """What happens to whom."""
+OF_A_RANK = ("kill -9 of a rank", rank, signal.SIGKILL)

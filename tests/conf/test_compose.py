@@ -124,6 +124,11 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
         ("serve.replicas=65", "serve.replicas=65 must lie between 0 and 64. Set serve.replicas=2."),
         ("serve.tls_certificate_path=x.pem", "serve.tls_certificate_path=x.pem needs the proxy, and serve.replicas=0"),
         ("serve.canary.max_latency_ratio=1", "serve.canary.max_latency_ratio=1.0 must be above 1"),
+        ("export.pipeline_stages=0", "export.pipeline_stages=0 must be greater than 0"),
+        (
+            "export.pipeline_stages=5",
+            "export.pipeline_stages=5 must not exceed the 4 layers of base, which may be published. Set export.pipel",
+        ),
         ("name=../x", "name=../x must be usable as a directory name"),
     ],
 )
@@ -248,6 +253,13 @@ ENCODER = [
         (
             ["model.architecture=transformers", "model.initial_weights=x", "steps=none"],
             r"data.document_masks=True cannot be combined with model.architecture=transformers",
+        ),
+        (
+            [
+                *("model.architecture=transformers", "model.initial_weights=x", "steps=none"),
+                *("data.document_masks=false", "export.pipeline_stages=2"),
+            ],
+            "export.pipeline_stages=2 cannot be combined with model.architecture=transformers",
         ),
         (["model.architecture=transformers"], "model.architecture=transformers needs a model to start from"),
         (

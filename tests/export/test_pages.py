@@ -49,6 +49,23 @@ def test_a_text_waits_until_all_its_pages_are_there() -> None:
     assert (pool.reserve([1] * 8, 8) or ([], -1))[1] == 0, "what others have taken is forgotten"
 
 
+def test_pages_whose_keys_and_values_are_lost_are_shared_by_nobody() -> None:
+    pool = PagePool(5, PAGE)
+    prompts = [[number] * 8 for number in (1, 2)]
+    idle, used = (pool.reserve(prompt, 8) or ([], -1) for prompt in prompts)
+    for prompt, (pages, _) in zip(prompts, (idle, used), strict=True):
+        pool.remember(prompt, pages)
+    pool.release(idle[0])
+    pool.forget()
+    assert pool.used == 2
+    for prompt in prompts:
+        pages, computed = pool.reserve(prompt, 4) or ([], -1)
+        assert computed == 0
+        pool.release(pages)
+    pool.release(used[0])
+    assert len((pool.reserve([3] * 20, 20) or ([], -1))[0]) == 5, "no page is lost"
+
+
 @given(st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=14), st.integers(0, 9)), max_size=40))
 def test_no_page_is_lost_and_none_is_shared_by_different_beginnings(texts: list[tuple[list[int], int]]) -> None:
     pool = PagePool(8, PAGE)

@@ -21,6 +21,7 @@ from flows.export.runtime import PROGRAM
 from flows.export.shipped import continuous_batching
 from flows.export.shipped.continuous_batching import Generator, Text
 from flows.export.shipped.given_text import Likelihoods, Pool
+from flows.export.shipped.layers import Layers
 from flows.export.shipped.sampling import Sampling
 from flows.export.shipped.text_programs import PagedProgram, WholeProgram
 from flows.serving.text_check import Checkpoint
@@ -45,7 +46,7 @@ def generator(chain: Chain, checkpoint: Checkpoint) -> Callable[..., Generator]:
         program: Any = (
             WholeProgram(chain.program.path / PROGRAM, 1)
             if whole
-            else PagedProgram(chain.generation.path / GENERATION, 1, pages * PAGE_BYTES)
+            else PagedProgram(Layers(chain.generation.path / GENERATION, 1, pages * PAGE_BYTES))
         )
         assert whole or program.pool.num_pages == pages
         return Generator(program, checkpoint.decode, 0, max_running, prefill_tokens)
@@ -92,7 +93,7 @@ def test_texts_with_a_cache_in_8_bits_are_those_of_a_checkpoint_that_rounds_alik
     chain: Chain, checkpoint: Checkpoint, tmp_path: Path, cache_dtype: CacheDtype
 ) -> None:
     directory = tiny_model.make_generation(tmp_path, chain.model.path, cache_dtype)
-    program = PagedProgram(directory / GENERATION, 1, 24 * PAGE_BYTES)
+    program = PagedProgram(Layers(directory / GENERATION, 1, 24 * PAGE_BYTES))
     assert program.pool.num_pages == 64, "a token and head of width 8 takes 8 + 4 bytes instead of 32"
     model = load_candidate(chain.model.path)
     keep_cache_in(cache_dtype, model)

@@ -13,19 +13,23 @@ def check_files(version_dir: Path) -> str:
     listing = (version_dir / FILES).read_bytes()
     expected: dict[str, str] = json.loads(listing)
     for name, digest in sorted(expected.items()):
-        path = version_dir / name
-        if not path.is_file():
-            raise RuntimeError(f"{path} is missing. Publish the model again; this version is not served.")
-        actual = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                actual.update(chunk)
-        if actual.hexdigest() != digest:
-            raise RuntimeError(
-                f"{path} has sha256 {actual.hexdigest()[:12]}, not {digest[:12]} as when it was verified. "
-                "Publish the model again; this version is not served."
-            )
+        check_file(version_dir / name, digest)
     return hashlib.sha256(listing).hexdigest()
+
+
+def check_file(path: Path, digest: str) -> None:
+    """RuntimeError, naming the file, unless it has this sha256."""
+    if not path.is_file():
+        raise RuntimeError(f"{path} is missing. Publish the model again; this version is not served.")
+    actual = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            actual.update(chunk)
+    if actual.hexdigest() != digest:
+        raise RuntimeError(
+            f"{path} has sha256 {actual.hexdigest()[:12]}, not {digest[:12]} as when it was verified. "
+            "Publish the model again; this version is not served."
+        )
 
 
 def state_files(server: Any, labels: dict[str, str], digest: str) -> Any:

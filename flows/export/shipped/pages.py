@@ -79,6 +79,13 @@ class PagePool:
                 else:
                     self._free.append(page)
 
+    def forget(self) -> None:
+        """Takes it that pages hold nothing any more: no text shares those that there are."""
+        self._free += self._idle
+        self._idle.clear()
+        self._known.clear()
+        self._prefix.clear()
+
     def _take(self, page: int) -> None:
         self._idle.pop(page, None)
         self._users[page] += 1

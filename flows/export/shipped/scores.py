@@ -13,7 +13,7 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils  # provided by the server
 
 from .digests import check_files, state_files
-from .onnx_session import open_session
+from .pipeline import Pipeline, RankEndedError, open_program
 
 Ids = npt.NDArray[np.int64]
 
@@ -32,8 +32,8 @@ class TritonPythonModel:
         self.stated = state_files(pb_utils, labels, check_files(here))
         settings = json.loads((here / "settings.json").read_text())
         self.sequence_length: int = settings["sequence_length"]
-        self.session = open_session(here / "model.onnx", settings["threads"])
-        self.vocab_size: int = self.session.get_outputs()[0].shape[1]
+        self.program = open_program(here / "model.onnx", settings)
+        self.vocab_size = self.program.width
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answers a batch of requests with one run of the program."""
@@ -48,13 +48,23 @@ class TritonPythonModel:
                 )
         if accepted:
             ids_BL, mask_BL = merge(list(accepted.values()))
-            logits_BV = self.session.run(["logits"], {"input_ids": ids_BL, "attention_mask": mask_BL})[0]
+            try:
+                logits_BV = self.program.run({"input_ids": ids_BL, "attention_mask": mask_BL})["logits"]
+            except RankEndedError as error:
+                failed = pb_utils.TritonError(f"{error}.", pb_utils.TritonError.UNAVAILABLE)
+                responses |= {number: pb_utils.InferenceResponse(error=failed) for number in accepted}
+                accepted = {}
             first = 0
             for number, (ids, _) in accepted.items():
                 rows = logits_BV[first : first + len(ids)]
                 first += len(ids)
                 responses[number] = pb_utils.InferenceResponse([pb_utils.Tensor("logits", rows)])
         return [responses[number] for number in range(len(requests))]
+
+    def finalize(self) -> None:
+        """Ends the ranks of a split program."""
+        if isinstance(self.program, Pipeline):
+            self.program.close()
 
     def read(self, request: Any) -> tuple[Ids, Ids]:
         """Ids and mask [B, L] of a request, or `RefusedError`."""

@@ -26,6 +26,7 @@ from .continuous_batching import Generator, Text
 from .digests import check_files, state_files
 from .encryption import find
 from .given_text import Likelihoods, Pool, token_places
+from .pipeline import Pipeline, RankEndedError, open_program
 from .sampling import Sampling
 from .text_programs import PagedProgram, WholeProgram
 
@@ -84,10 +85,12 @@ class TritonPythonModel:
         self.tokenizer = load_library(here, settings["platform"]).Tokenizer.from_file(str(here / "tokenizer.json"))
         self.tokenizer.encode_special_tokens = True  # as in training: what a user types is text, never a control token
         self.end_of_text: int = self.tokenizer.token_to_id(settings["end_of_text"])
-        self.reads_texts = find(here / GENERATION) is not None
+        self.layers = None
+        self.reads_texts = settings["pipeline_stages"] > 1 or find(here / GENERATION) is not None
         """Whether the program tells of every token of a text, and not of what follows it alone."""
         if self.reads_texts:
-            program: Any = PagedProgram(here / GENERATION, settings["threads"], settings["cache_bytes"])
+            self.layers = open_program(here / GENERATION, settings)
+            program: Any = PagedProgram(self.layers)
         else:
             program = WholeProgram(here / WHOLE, settings["threads"])
         self.vocab_size: int = program.vocab_size
@@ -137,6 +140,8 @@ class TritonPythonModel:
             self.wake.notify()
         self.worker.join()
         self.leaving.shutdown()
+        if isinstance(self.layers, Pipeline):
+            self.layers.close()
 
     def work(self) -> None:
         """Generates while there is anything to generate."""
@@ -163,9 +168,10 @@ class TritonPythonModel:
             except Exception as error:  # whatever it is, nobody may wait for an answer for ever
                 pb_utils.Logger.log_error(f"text generation: {error!r}")
                 self.generator.stop()
+                is_temporary = isinstance(error, RankEndedError)
+                code = pb_utils.TritonError.UNAVAILABLE if is_temporary else pb_utils.TritonError.INTERNAL
                 for answer in self.answers.values():
-                    message = f"generation failed: {error}."
-                    self.leaving.submit(fail, answer.sender, message, pb_utils.TritonError.INTERNAL)
+                    self.leaving.submit(fail, answer.sender, f"generation failed: {error}.", code)
                     self.metrics.end("failed")
                 self.answers.clear()
             if stopping:

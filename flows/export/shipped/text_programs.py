@@ -6,21 +6,20 @@ Shape letters: B rows, S new tokens of a row, R scored tokens of all rows, D hid
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from .layers import READS_STATES, STATES, Runner
 from .onnx_session import open_session
 from .pages import PagePool
+from .pipeline import RankEndedError
 
 Floats = npt.NDArray[np.float32]
-DTYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
-"""Of keys and values, and the steps of coded ones, by what onnxruntime calls them; E4M3 codes are bytes to numpy."""
 
 
 class Text(Protocol):
@@ -80,26 +79,13 @@ class PagedProgram:
     """Computes new tokens only.
 
     Args:
-        path: Program made by `flows.export.generation`.
-        threads: Threads of one run; 0 = the runtime's choice.
-        cache_bytes: Memory of all keys and values.
+        layers: Program made by `flows.export.generation`, whole or split.
     """
 
-    def __init__(self, path: Path, threads: int, cache_bytes: int) -> None:
-        self.session = open_session(path, threads)
-        inputs = [one for one in self.session.get_inputs() if "_pages_" in one.name]
-        *self.outputs, self.states = (one.name for one in self.session.get_outputs())
-        """Scores and what is kept of new tokens; hidden states, which few texts want."""
-        page_bytes = sum(math.prod(one.shape[1:]) * np.dtype(DTYPES[one.type]).itemsize for one in inputs)
-        page_tokens: int = inputs[0].shape[1]
-        num_pages = max(1, cache_bytes // page_bytes)
-        self.pool = PagePool(num_pages, page_tokens)
-        layers = len(inputs) // len(self.outputs[1:])
-        # of each kind of what is kept, all layers; memory is taken when a page is first written
-        self.pages = [np.zeros((layers, num_pages, *one.shape[1:]), DTYPES[one.type]) for one in inputs[::layers]]
-        pools = [pool for kind in self.pages for pool in kind]
-        self.page_inputs = dict(zip([one.name for one in inputs], pools, strict=True))
-        self.vocab_size: int = self.session.get_outputs()[0].shape[1]
+    def __init__(self, layers: Runner) -> None:
+        self.layers = layers
+        self.pool = PagePool(layers.num_pages, layers.page_tokens)
+        self.vocab_size = layers.width
 
     @property
     def used_ratio(self) -> float:
@@ -125,32 +111,31 @@ class PagedProgram:
             ids_BS[row, : counts[row]] = text.ids[text.computed : text.computed + counts[row]]
             pages = text.pages[: table.shape[1]]
             table[row, : len(pages)] = pages
+        new_pages = np.zeros_like(ids_BS)
+        for row, text in enumerate(texts):
+            places = np.arange(text.computed, text.computed + counts[row])
+            new_pages[row, : counts[row]] = np.array(text.pages)[places // self.pool.page_tokens]
         num_scored = [count if scores_all(text) else 1 for text, count in zip(texts, counts, strict=True)]
-        ends = np.arange(len(texts)) * ids_BS.shape[1] + new
-        scored = [np.arange(end - number, end) for end, number in zip(ends, num_scored, strict=True)]
-        inputs: dict[str, Any] = {
+        given = {
             "input_ids": ids_BS,
-            "scored": np.concatenate(scored),
+            "new_lengths": new,
+            "num_scored": np.array(num_scored),
             "past_lengths": past,
             "page_table": table,
-            **self.page_inputs,
+            "new_pages": new_pages,
         }
-        wanted = [*self.outputs, self.states] if any(reads_states(text) for text in texts) else self.outputs
-        scores_RV, *kept = self.session.run(wanted, inputs)
-        states_BSD = kept.pop() if self.states in wanted else None
-        logits = np.split(scores_RV, np.cumsum(num_scored)[:-1])
-        computed = []
-        for row, text in enumerate(texts):
-            states = states_BSD[row, : counts[row]] if states_BSD is not None and reads_states(text) else None
-            computed.append(Computed(logits[row], states))
-        rows = np.repeat(np.arange(len(texts)), new)
-        steps = np.concatenate([np.arange(count) for count in counts])
-        places = past[rows] + steps
-        page = np.array(
-            [texts[row].pages[place] for row, place in zip(rows, places // self.pool.page_tokens, strict=True)]
-        )
-        for pool, of_new_tokens in zip(self.pages, kept, strict=True):
-            pool[:, page, places % self.pool.page_tokens] = of_new_tokens[:, rows, steps]
+        reads = np.array([reads_states(text) for text in texts])
+        if reads.any():
+            given[READS_STATES] = reads
+        try:
+            made = self.layers.run(given)
+        except RankEndedError:
+            self.pool.forget()
+            raise
+        logits = np.split(made["logits"], np.cumsum(num_scored)[:-1])
+        computed = [
+            Computed(logits[row], made[STATES][row, : counts[row]] if reads[row] else None) for row in range(len(texts))
+        ]
         for text, count in zip(texts, counts, strict=True):
             before = text.computed
             text.computed += count
