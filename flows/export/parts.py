@@ -44,7 +44,7 @@ class DecoderPart(nn.Module):
         if self.is_last:
             self.norm, self.lm_head = stack.norm, model.lm_head
         self.head_dim, self.rope_theta, self.kernels = stack.head_dim, stack.rope_theta, stack.kernels
-        self.hidden_size = stack.embed_tokens.embedding_dim
+        self.hidden_size = model.config.hidden_size
 
     @property
     def given(self) -> str:

@@ -35,6 +35,7 @@ TEXT_SOURCES = (
     "continuous_batching.py",
     "given_text.py",
     "pages.py",
+    "responses.py",
     "sampling.py",
     "text_programs.py",
 )

@@ -125,7 +125,7 @@ def _compare_scores(server: InferenceServer, model: str, fast_api: _FastApi) -> 
 
     def ask(ids_L: NDArray[np.int64], load: Load) -> NDArray[np.float32]:
         with Client(Transport.grpc, server.grpc_address) as client:
-            scores = client.scores(model, ids_L[None], np.ones_like(ids_L[None]))[0]
+            scores: NDArray[np.float32] = client.scores(model, ids_L[None], np.ones_like(ids_L[None]))[0]
         load.tokens.append(1)
         return scores
 
