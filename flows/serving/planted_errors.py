@@ -168,7 +168,7 @@ PLANTS = (
     ),
     Plant(
         "pooling that counts padding",
-        _edit_source("text_programs.py", "states_BSD[row, : counts[row]]", "states_BSD[row]"),
+        _edit_source("text_programs.py", "made[STATES][row, : counts[row]]", "made[STATES][row]"),
         in_text=True,
     ),
     Plant(
