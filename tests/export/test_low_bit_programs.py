@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from flows.config.serving import CacheDtype
 from flows.export.coded_cache import keep_cache_in
-from flows.export.generation import GENERATION, _TokenByToken, export_generation
+from flows.export.generation import CHECKED_BYTES, GENERATION, _TokenByToken, export_generation
 from flows.export.graph import export_graph
 from flows.export.parity import compare
 from flows.export.program import NextTokenScores, export_program
 from flows.export.runtime import PROGRAM, Program, ProgramError
+from flows.export.shipped.layers import Layers
 from flows.export.shipped.onnx_session import open_session
 from tests.export.low_bit_models import FORMS, VOCAB, embedding, linear, low_bit_decoder
 
@@ -98,7 +99,7 @@ def test_weights_are_stored_as_small_as_they_are(every_form: tuple[EveryForm, Pa
 def test_a_cache_in_8_bits_differs_from_other_caches(tmp_path: Path, kept: CacheDtype, other: CacheDtype) -> None:
     """The comparison tells them apart: it would not let a program round what its model does not."""
     export_generation(low_bit_decoder("w4a16"), tmp_path / GENERATION, kept)
-    program = _TokenByToken(tmp_path / GENERATION)
+    program = _TokenByToken(Layers(tmp_path / GENERATION, 0, CHECKED_BYTES))
     whole = low_bit_decoder("w4a16")
     for wrong in (CacheDtype.float32, other):
         keep_cache_in(wrong, whole)
@@ -121,4 +122,4 @@ def test_decoders_of_every_form_pass_the_comparison(tmp_path: Path, form: str) -
     export_generation(low_bit_decoder(form, tied=tied), tmp_path / GENERATION, cache)
     whole = low_bit_decoder(form, tied=tied)
     keep_cache_in(cache, whole)
-    compare(NextTokenScores(whole).eval(), _TokenByToken(tmp_path / GENERATION), VOCAB)
+    compare(NextTokenScores(whole).eval(), _TokenByToken(Layers(tmp_path / GENERATION, 0, CHECKED_BYTES)), VOCAB)

@@ -41,7 +41,7 @@ def leftovers(tmp_path: Path) -> Callable[[], list[str]]:
 
     def find() -> list[str]:
         lines = (" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
-        return [line for line in lines if "rank_under_test" in line or str(tmp_path) in line]
+        return [line for line in lines if str(tmp_path) in line]
 
     return find
 

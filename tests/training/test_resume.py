@@ -114,7 +114,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_checkpoint(
     ):
         trained(run)
     assert list((tmp_path / "store").glob("*.partial/checkpoints/step-*/manifest.json"))
-    assert not caplog.records  # of restarts: it would come again
+    assert "restart" not in caplog.text  # of restarts: it would come again
 
 
 def test_early_stopping_keeps_the_best_weights(trained: Trained, tiny_run: Run) -> None:
