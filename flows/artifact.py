@@ -7,7 +7,6 @@ its parents, fingerprints of outside inputs, and the source of the code that mak
 
 from __future__ import annotations
 
-import ast
 import fcntl
 import hashlib
 import importlib
@@ -15,13 +14,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -90,7 +90,7 @@ class Stage:
     config: Any
     parents: Mapping[str, Artifact] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def ingredients(self) -> dict[str, Any]:
         """Everything that decides the content, as JSON values."""
         return {
@@ -149,9 +149,14 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import[ \t]+(\([^)]*\)|.*)|import[ \t]+(.*))", re.MULTILINE)
+DEFINED = re.compile(r"^(?:def[ \t]+(\w+)|(\w+)(?:[ \t]*:[^=\n]+)?[ \t]*=[^=])", re.MULTILINE)
+RUN = re.compile(r"""^RUNS = ["'](.+)["']""", re.MULTILINE)
+
+
 @cache
-def _parse(module: str) -> ast.Module:
-    return ast.parse(_source_path(module).read_text())
+def _source(module: str) -> str:
+    return _source_path(module).read_text()
 
 
 def _source_path(module: str) -> Path:
@@ -160,12 +165,8 @@ def _source_path(module: str) -> Path:
 
 
 def defined_names(module: str) -> set[str]:
-    """Names that a module of ours defines at its top level, read without importing it."""
-    names = {node.name for node in _parse(module).body if isinstance(node, ast.FunctionDef)}
-    for node in _parse(module).body:
-        if isinstance(node, ast.Assign):
-            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return names
+    """Functions and values that a module of ours defines at its top level, read without importing it."""
+    return {function or value for function, value in DEFINED.findall(_source(module))}
 
 
 def is_resumable(stage: Stage) -> bool:
@@ -175,13 +176,14 @@ def is_resumable(stage: Stage) -> bool:
 
 @cache
 def imported_modules(module: str) -> frozenset[str]:
-    """Modules of ours that `module` imports, anywhere in its source, read without importing it."""
+    """Modules of ours that `module` imports, anywhere in its source, read without importing it.
+
+    Found by their form, which a parser would take a second for; a text that looks like an import counts as one.
+    """
     found = set()
-    for node in ast.walk(_parse(module)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    for source, names, alone in IMPORT.findall(_source(module)):
+        listed = [words.split()[0] for words in re.sub(r"#.*|[()]", "", names or alone).split(",") if words.strip()]
+        found |= {source, *(f"{source}.{name}" for name in listed)} if source else {*listed}
     own = {name for name in found if name.split(".")[0] in OWN_PACKAGES}
     return frozenset(name for name in own if _source_path(name).exists())
 
@@ -197,19 +199,8 @@ def source_digests(module: str) -> dict[str, str]:
     while waiting:
         name = waiting.pop()
         seen.add(name)
-        waiting |= (imported_modules(name) | _modules_run(name)) - seen
+        waiting |= (imported_modules(name) | {*RUN.findall(_source(name))}) - seen
     return {name: digest_file(_source_path(name)) for name in sorted(seen)}
-
-
-def _modules_run(module: str) -> set[str]:
-    values = [
-        node.value.value
-        for node in _parse(module).body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.value, ast.Constant)
-        and any(isinstance(target, ast.Name) and target.id == "RUNS" for target in node.targets)
-    ]
-    return {str(value) for value in values}
 
 
 class ArtifactStore:
