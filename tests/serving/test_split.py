@@ -32,8 +32,9 @@ from flows.serving import verify
 from flows.serving.client import Client, Transport
 from flows.serving.deaths import DeathWatch, model_processes
 from flows.serving.planted_errors import _seal
-from flows.serving.release_drill import faults, load_on, serving
+from flows.serving.release_drill import PROBE_TIMEOUT_S, load_on, serving
 from flows.serving.server import InferenceServer
+from flows.serving.server_faults import faults
 from flows.serving.text_check import Checkpoint
 from tests.serving import tiny_model
 from tests.serving.test_proxy import needs_haproxy
@@ -172,7 +173,7 @@ def test_behind_a_proxy_no_request_fails_when_a_rank_dies(
 ) -> None:
     publish_to(tmp_path / "model_repo", split_chain, split_passport)
     with serving(tmp_path / "model_repo", tmp_path, replicas=2) as service, load_on(service, NAME) as load:
-        faults(load, service, requests=10)
+        faults(load, service, 10, PROBE_TIMEOUT_S)
     assert load.failures == []
     assert "kill -9 of a rank" in capsys.readouterr().out
 
