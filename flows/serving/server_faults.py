@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from flows.config import RunError
@@ -14,8 +15,13 @@ from flows.serving.release_load import SCORES, TEXT, Load, has_answered
 from flows.serving.replica import Replica
 from flows.serving.replicas import ReplicatedServer
 
+Fault = tuple[str, Callable[[Replica], int], signal.Signals]
+"""What it is called, which process it happens to, and what that is sent."""
 
-def faults(load: Load, service: ReplicatedServer, requests: int, probe_timeout_s: float) -> None:
+
+def faults(
+    load: Load, service: ReplicatedServer, requests: int, probe_timeout_s: float, chosen: Sequence[Fault] = ()
+) -> None:
     """Kills a model's process and a server, then stops one of each so that it hangs, and kills a rank where a model is
     split; prints what the clients saw.
 
@@ -26,13 +32,14 @@ def faults(load: Load, service: ReplicatedServer, requests: int, probe_timeout_s
         service: Two replicas or more.
         requests: Least answers over every way in, in each phase.
         probe_timeout_s: Of the service: a server that answers no inference for so long counts as hung.
+        chosen: What happens to whom; empty = everything.
 
     Raises:
         RunError: A fault was found out later than the probes of all models, one after the other, take.
     """
     known_after_s = ServeConfig.probe_interval_s + probe_timeout_s * len((SCORES, TEXT))
-    chosen = (*FAULTS, OF_A_RANK) if ranks(service.replicas[0]) else FAULTS
-    for number, (name, victim, what) in enumerate(chosen):
+    all_of_them = (*FAULTS, OF_A_RANK) if ranks(service.replicas[0]) else FAULTS
+    for number, (name, victim, what) in enumerate(chosen or all_of_them):
         replica = service.replicas[number % len(service.replicas)]
         load.wait_until(partial(_serves, replica), f"{replica.name} does not serve")
         before, failed = replica.restarts, len(load.failures)
@@ -97,11 +104,11 @@ def server_of(replica: Replica) -> int:
 
 
 HANG = (server_of, signal.SIGSTOP)
-FAULTS = (
+FAULTS: tuple[Fault, ...] = (
     ("kill -9 of a model's process", model_process, signal.SIGKILL),
     ("kill -9 of a server", server_of, signal.SIGKILL),
     ("a model's process hangs", model_process, signal.SIGSTOP),
     ("a server hangs", *HANG),
 )
 """What happens to whom."""
-OF_A_RANK = ("kill -9 of a rank", rank, signal.SIGKILL)
+OF_A_RANK: Fault = ("kill -9 of a rank", rank, signal.SIGKILL)
