@@ -25,8 +25,8 @@ from ruamel.yaml import YAML
 from flows.compose import run_cli
 from flows.config import Config
 from flows.serving import compose_file, kubernetes
-from flows.serving.container import MODELS_DIR, NOT_RUN, live_versions, write_image, write_live
-from flows.serving.releases import check_proven
+from flows.serving.container import MODELS_DIR, NOT_RUN, write_image, write_live
+from flows.serving.releases import check_proven, live_versions
 from flows.serving.repository import PASSPORT
 from flows.serving.watch import check_published
 

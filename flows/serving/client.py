@@ -189,8 +189,7 @@ class Client:
         Raises:
             tritonclient.utils.InferenceServerException: The server refuses the request.
         """
-        given = {"text_input": text} if isinstance(text, str) else {"input_ids": list(text)}
-        inputs = {**given, "prompt_log_probabilities": True, "embedding": True}
+        inputs = {**given_text(text), "prompt_log_probabilities": True, "embedding": True}
         (answer,) = self._ask_text(model, version, inputs)
         return Reading(
             token_ids=np.atleast_1d(answer["prompt_token_ids"]).astype(int).tolist(),
@@ -282,6 +281,11 @@ class Client:
             tensor.set_data_from_numpy(values)
             tensors.append(tensor)
         return tensors
+
+
+def given_text(text: str | Sequence[int]) -> dict[str, Any]:
+    """The input of the text model that a text is, or its tokens."""
+    return {"text_input": text} if isinstance(text, str) else {"input_ids": list(text)}
 
 
 def as_arrays(inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:

@@ -20,8 +20,8 @@ from flows.config.serving import ServeConfig
 from flows.export.shipped.encryption import KEY, SUFFIX
 from flows.serving import probe
 from flows.serving.endpoint import ADMIN_HEADER
-from flows.serving.releases import check_proven, read_aliases
-from flows.serving.repository import PASSPORT, link_or_copy, lock_repository, model_names, published_names
+from flows.serving.releases import check_proven, live_versions
+from flows.serving.repository import PASSPORT, link_or_copy, lock_repository, model_names
 from flows.serving.served_view import Pool, ServedView
 from flows.serving.server import CLOSED, KILL_GRACE_S
 
@@ -87,12 +87,6 @@ def stop_seconds(options: ServeConfig) -> int:
     return options.exit_timeout_s + KILL_GRACE_S
 
 
-def live_versions(repository: Path) -> dict[str, int]:
-    """Of each published model that has one."""
-    found = {name: read_aliases(repository, name).live for name in published_names(repository)}
-    return {name: version for name, version in found.items() if version is not None}
-
-
 def write_live(repository: Path, target: Path) -> ServedModels:
     """Puts the versions that are live, and those to go back to, into a repository of their own, which is replaced.
 
@@ -118,15 +112,15 @@ def write_live(repository: Path, target: Path) -> ServedModels:
             passports[name] = digest_file(repository / name / str(number) / PASSPORT)
             settings = json.loads((repository / model_names(name)[1] / str(number) / "settings.json").read_text())
             machines.add(ARCHITECTURES.get(settings["platform"], settings["platform"]))
+        require(
+            len(machines) == 1,
+            "publish.model_repo",
+            repository,
+            f"holds versions for {' and '.join(sorted(machines))}: each carries a tokenizer library for one of them",
+            "Keep one repository for each.",
+        )
         ignored = shutil.ignore_patterns("__pycache__", ".*")
         shutil.copytree(view.path, aside, ignore=ignored, copy_function=link_or_copy)
-    require(
-        len(machines) == 1,
-        "publish.model_repo",
-        repository,
-        f"holds versions for {' and '.join(sorted(machines))}: each carries a tokenizer library for one of them",
-        "Keep one repository for each.",
-    )
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
     return ServedModels(models, live, passports, machines.pop(), encrypted=any(target.rglob(f"*{SUFFIX}")))

@@ -23,8 +23,8 @@ from tritonclient.utils import InferenceServerException
 from flows.config import ConfigError
 from flows.serving.probe import BUSY
 from flows.serving.recorded_samples import RECORDED, scores_drift, text_drift
-from flows.serving.releases import read_aliases
-from flows.serving.repository import PASSPORT, model_names, published_names
+from flows.serving.releases import live_versions
+from flows.serving.repository import PASSPORT, model_names
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +100,7 @@ class DriftWatch:
     def look(self) -> Ratios:
         """One round: every published model of every server; not a number where nothing can be measured."""
         ratios = {}
-        for name in published_names(self._repository):
-            version = read_aliases(self._repository, name).live
-            if version is None:
-                continue
+        for name, version in live_versions(self._repository).items():
             recorded = self._recorded(name, version)
             for server, address in self._addresses().items():
                 for model, drift in zip(model_names(name), (scores_drift, text_drift), strict=True):

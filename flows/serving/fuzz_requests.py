@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from flows.serving.repository import model_names
+
 JSON = {"Content-Type": "application/json"}
 NUMBERS = (0, 1, -1, 2**31, 2**32 + 1, 2**63 - 1, -(2**63), 2**64, 1e308, -0.0, 10**40)
 VALUES: tuple[Any, ...] = (None, True, "", "x" * 3000, [], {}, [[[]]], {"a": {"b": []}}, "\u0000", *NUMBERS)
@@ -97,6 +99,10 @@ def _encoded(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
+def _text_path(model: str) -> str:
+    return f"/v2/models/{model_names(model)[1]}/generate"
+
+
 def _good(random: np.random.Generator, model: str, key: str) -> FuzzRequest:
     if random.random() < 0.5:
         return http("good", f"/v2/models/{model}/infer", _encoded(infer_body([1, 2], [1, 1], [1, 2])), key)
@@ -128,7 +134,7 @@ def _bytes(random: np.random.Generator, model: str, key: str) -> FuzzRequest:
     noise = random.bytes(int(random.integers(1, 400)))
     if random.random() < 0.3:
         return FuzzRequest("bytes", noise, is_http=False)
-    path = _pick(random, [f"/v2/models/{model}/infer", f"/v2/models/{model}_text/generate", "/v1/chat/completions"])
+    path = _pick(random, [f"/v2/models/{model}/infer", _text_path(model), "/v1/chat/completions"])
     whole = _encoded(infer_body([1, 2], [1, 1], [1, 2]))
     cut = int(random.integers(0, len(whole)))
     return http("bytes", path, _pick(random, [noise, whole[:cut], whole[:cut] + noise + whole[cut:]]), key)
@@ -156,7 +162,7 @@ def _unicode(random: np.random.Generator, model: str, key: str) -> FuzzRequest:
     text = _pick(random, [*TEXTS, "".join(map(chr, points))])  # lone surrogates among them
     if random.random() < 0.5:
         body: dict[str, Any] = {"text_input": text, "max_tokens": 1}
-        return http("unicode", f"/v2/models/{model}_text/generate", _encoded(body), key)
+        return http("unicode", _text_path(model), _encoded(body), key)
     body = {"model": _pick(random, [model, text]), "messages": [{"role": "user", "content": text}], "max_tokens": 1}
     return http("unicode", "/v1/chat/completions", _encoded(body), key)
 
@@ -173,14 +179,14 @@ def _values(random: np.random.Generator, model: str, key: str) -> FuzzRequest:
     if random.random() < 0.2:
         given = ["input_ids", "prompt_log_probabilities", "embedding", "top_log_probabilities", "max_tokens"]
         body = {"text_input": "def", "embedding": True, _pick(random, given): _pick(random, VALUES)}
-        return http("values", f"/v2/models/{model}_text/generate", _encoded(body), key)
+        return http("values", _text_path(model), _encoded(body), key)
     return http("values", "/v1/completions", _encoded(body), key)
 
 
 def _dropped(random: np.random.Generator, model: str, key: str) -> FuzzRequest:
     """A client that leaves: in the middle of its request, or of a stream."""
     body = {"text_input": "def", "max_tokens": 30, "stream": True}
-    whole = http("dropped", f"/v2/models/{model}_text/generate_stream", _encoded(body), key)
+    whole = http("dropped", f"{_text_path(model)}_stream", _encoded(body), key)
     cut = len(whole.raw) if random.random() < 0.6 else int(random.integers(1, len(whole.raw)))
     return FuzzRequest("dropped", whole.raw[:cut], hangs_up=True)
 
@@ -213,7 +219,7 @@ def _paths(random: np.random.Generator, model: str, key: str) -> FuzzRequest:
 def _large(random: np.random.Generator, model: str, key: str) -> FuzzRequest:
     """What ends the embedded server where nothing stands before it."""
     kind = int(random.integers(0, 4))
-    path = f"/v2/models/{model}_text/generate"
+    path = _text_path(model)
     if kind == 0:
         return http("large", f"/v2/models/{model}/infer", b"[" * 200_000, key)
     if kind == 1:

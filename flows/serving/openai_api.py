@@ -26,7 +26,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flows.config.checks import require
 from flows.serving.chat_prompt import ChatPrompt, ControlTokenError
-from flows.serving.client import BROKEN, as_arrays, as_values
+from flows.serving.client import BROKEN, as_arrays, as_values, given_text
 from flows.serving.openai_answers import Form, Piece, chat_choice, embedding_list, read_piece, text_choice, usage
 from flows.serving.openai_requests import ChatRequest, CompletionRequest, EmbeddingRequest, Request
 from flows.serving.releases import read_aliases
@@ -105,7 +105,7 @@ def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> F
         form = Form("cmpl", "text_completion", "text_completion", text_choice)
         inputs = [
             {
-                **_given(prompt),  # first: the proxy finds the replica by it
+                **given_text(prompt),  # first: the proxy finds the replica by it
                 **_options(request, request.stop, request.max_tokens, number),
                 "prompt_log_probabilities": request.echo and request.wants_log_probabilities,
             }
@@ -130,14 +130,10 @@ def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> F
     @app.post("/v1/embeddings")
     async def embeddings(request: EmbeddingRequest) -> Any:
         chat_of(request.model)
-        inputs = [{**_given(text), "embedding": True} for text in request.texts]
+        inputs = [{**given_text(text), "embedding": True} for text in request.texts]
         return embedding_list(await _whole(grpc_address, request.model, inputs), request)
 
     return app
-
-
-def _given(text: str | Sequence[int]) -> dict[str, Any]:
-    return {"text_input": text} if isinstance(text, str) else {"input_ids": text}
 
 
 def _options(request: Request, stops: Sequence[str], max_tokens: int, number: int) -> dict[str, Any]:

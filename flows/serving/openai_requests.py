@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from flows.export.shipped.given_text import MOST_ALTERNATIVES
+
 MAX_CHOICES = 128
 """Texts of one request: prompts times `n`."""
-MOST_ALTERNATIVES = 20
-"""Likeliest tokens at each place."""
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63 - MAX_CHOICES)]
 Texts = str | list[str] | list[Int64] | list[list[Int64]]

@@ -20,7 +20,7 @@ from typing import Any
 from flows.artifact import digest_file, digest_json, flush_to_disk
 from flows.config import RunError
 from flows.serving.entry import version_digests
-from flows.serving.repository import PASSPORT, VERSION_CONFIG, complete_versions, model_names
+from flows.serving.repository import PASSPORT, VERSION_CONFIG, complete_versions, model_names, published_names
 
 HISTORY = "releases.jsonl"
 
@@ -67,6 +67,12 @@ def read_aliases(repository: Path, model_name: str) -> Aliases:
         return Aliases(**{name: history[-1][name] for name in asdict(Aliases(None))})
     newest = [*complete_versions(repository, model_name)[:-3:-1], None, None]
     return Aliases(live=newest[0], previous=newest[1])
+
+
+def live_versions(repository: Path) -> dict[str, int]:
+    """Of each published model that has one."""
+    found = {name: read_aliases(repository, name).live for name in published_names(repository)}
+    return {name: version for name, version in found.items() if version is not None}
 
 
 def once_live(repository: Path, model_name: str) -> list[int]:

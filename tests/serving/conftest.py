@@ -11,6 +11,8 @@ import torch
 from flows.artifact import Artifact
 from flows.config.serving import PublishConfig
 from flows.serving import publish
+from flows.serving.releases import record_published
+from flows.serving.repository import PASSPORT, lock_repository
 from flows.serving.server import InferenceServer
 from tests.serving.tiny_chain import (
     ENTRY,
@@ -61,6 +63,17 @@ def other_passport(other_chain: Chain, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def published(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Published:
     return publish_chain(tmp_path_factory.mktemp("published"), chain)
+
+
+@pytest.fixture
+def live_repository(chain: Chain, passport: Artifact, tmp_path: Path) -> Path:
+    """A model repository whose version 1 is the entry's, with its passport, and live."""
+    root = tmp_path / "repo"
+    shutil.copytree(chain.entry.path / "repo", root)
+    shutil.copyfile(passport.path / "passport.json", root / NAME / "1" / PASSPORT)
+    with lock_repository(root):
+        record_published(root, NAME, 1, live=True)
+    return root
 
 
 @pytest.fixture

@@ -12,16 +12,15 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from flows.artifact import Artifact
 from flows.config.canary import CanaryConfig
 from flows.serving import promotion
 from flows.serving.canary import WHO, Answers, CanaryWatch, Samples, counted, judge
 from flows.serving.client import Client, Transport
 from flows.serving.releases import read_aliases, read_history, record_published
-from flows.serving.repository import PASSPORT, lock_repository
+from flows.serving.repository import lock_repository
 from flows.serving.served_view import Pool
 from flows.serving.server import InferenceServer
-from tests.serving.tiny_chain import NAME, Chain
+from tests.serving.tiny_chain import NAME
 
 CONFIG = CanaryConfig(min_requests=10, max_error_share=0.05, max_latency_ratio=2.0)
 
@@ -52,17 +51,13 @@ def test_only_what_came_since_counts() -> None:
 
 
 @pytest.fixture
-def repository(chain: Chain, passport: Artifact, tmp_path: Path) -> Path:
+def repository(live_repository: Path) -> Path:
     """Version 1, which the server serves, is under canary."""
-    root = tmp_path / "repo"
-    shutil.copytree(chain.entry.path / "repo", root)
-    shutil.copyfile(passport.path / "passport.json", root / NAME / "1" / PASSPORT)
-    with lock_repository(root):
-        record_published(root, NAME, 1, live=True)
+    with lock_repository(live_repository):
         for model in (NAME, f"{NAME}_text"):
-            shutil.copytree(root / model / "1", root / model / "2")
-        record_published(root, NAME, 2, live=False)
-    return root
+            shutil.copytree(live_repository / model / "1", live_repository / model / "2")
+        record_published(live_repository, NAME, 2, live=False)
+    return live_repository
 
 
 def change_one_weight(program: Path) -> None:

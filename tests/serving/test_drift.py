@@ -20,12 +20,11 @@ from flows.monitor import monitor
 from flows.serving.drift import RATIO, DriftWatch
 from flows.serving.entry import FILES
 from flows.serving.recorded_samples import RECORDED, scores_drift, text_drift
-from flows.serving.releases import record_published
-from flows.serving.repository import PASSPORT, lock_repository
+from flows.serving.repository import PASSPORT
 from flows.serving.server import InferenceServer
 from tests.serving.test_canary import change_one_weight
 from tests.serving.test_monitoring import DEADLINE_S, needs_prometheus, prometheus
-from tests.serving.tiny_chain import NAME, Chain
+from tests.serving.tiny_chain import NAME
 
 TEXT = f"{NAME}_text"
 
@@ -36,17 +35,6 @@ def replace_program(version: Path, name: str) -> None:
     files = json.loads((version / FILES).read_text())
     files[name] = digest_file(version / name)
     (version / FILES).write_text(json.dumps(files))
-
-
-@pytest.fixture
-def repository(chain: Chain, passport: Artifact, tmp_path: Path) -> Path:
-    """Version 1, which the server serves, is live."""
-    root = tmp_path / "repo"
-    shutil.copytree(chain.entry.path / "repo", root)
-    shutil.copyfile(passport.path / "passport.json", root / NAME / "1" / PASSPORT)
-    with lock_repository(root):
-        record_published(root, NAME, 1, live=True)
-    return root
 
 
 def test_a_passport_records_an_input_of_each_shorter_length(passport: Artifact) -> None:
@@ -76,8 +64,8 @@ def test_what_was_proven_is_within_and_anything_else_is_not(server: InferenceSer
 
 
 @pytest.mark.server
-def test_prometheus_is_told_of_every_server(server: InferenceServer, repository: Path) -> None:
-    with DriftWatch(repository, lambda: dict.fromkeys("ab", server.http_address), "127.0.0.1", 0, 60.0) as watch:
+def test_prometheus_is_told_of_every_server(server: InferenceServer, live_repository: Path) -> None:
+    with DriftWatch(live_repository, lambda: dict.fromkeys("ab", server.http_address), "127.0.0.1", 0, 60.0) as watch:
         ratios = watch.look()
         with urllib.request.urlopen(f"http://{watch.address}/metrics") as response:
             page = response.read().decode()
@@ -92,20 +80,20 @@ def test_prometheus_is_told_of_every_server(server: InferenceServer, repository:
 @pytest.mark.server
 @pytest.mark.parametrize("what", ["another file", "another version"])
 def test_prometheus_calls_when_what_is_served_is_not_what_was_proven(
-    repository: Path, tmp_path: Path, what: str
+    live_repository: Path, tmp_path: Path, what: str
 ) -> None:
     deadline = time.monotonic() + DEADLINE_S
     with (
-        InferenceServer(repository, [NAME, TEXT], tmp_path / "server.log") as running,
-        DriftWatch(repository, lambda: {"server": running.http_address}, "127.0.0.1", 0, 0.2) as watch,
+        InferenceServer(live_repository, [NAME, TEXT], tmp_path / "server.log") as running,
+        DriftWatch(live_repository, lambda: {"server": running.http_address}, "127.0.0.1", 0, 0.2) as watch,
     ):
         watched = MonitorConfig(targets=(watch.address,), scrape_interval_s=1, window_s=10, hold_s=0)
         monitor(Config(artifacts_dir=tmp_path, monitor=watched))
         with prometheus(tmp_path / "monitoring") as firing:
             assert max(watch.look().values()) <= 1
-            version = repository / NAME / "1"
+            version = live_repository / NAME / "1"
             if what == "another version":  # not the live one, and it answers who names none
-                version = Path(shutil.copytree(version, repository / NAME / "2"))
+                version = Path(shutil.copytree(version, live_repository / NAME / "2"))
             replace_program(version, "model.onnx")
             running.load(NAME)
             while "MillraceDrift" not in firing():
@@ -114,12 +102,12 @@ def test_prometheus_calls_when_what_is_served_is_not_what_was_proven(
     assert all(isnan(ratio) for ratio in watch.look().values()), "a server that has ended is no drift"
 
 
-def test_a_version_without_samples_is_not_called_right(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
-    place = repository / NAME / "1" / PASSPORT
+def test_a_version_without_samples_is_not_called_right(live_repository: Path, caplog: pytest.LogCaptureFixture) -> None:
+    place = live_repository / NAME / "1" / PASSPORT
     passport = json.loads(place.read_text())
     del passport[RECORDED]
     place.write_text(json.dumps(passport))
-    with DriftWatch(repository, lambda: {"a": "127.0.0.1:1"}, "127.0.0.1", 0, 60.0) as watch:
+    with DriftWatch(live_repository, lambda: {"a": "127.0.0.1:1"}, "127.0.0.1", 0, 60.0) as watch:
         assert [isnan(ratio) for ratio in watch.look().values()] == [True, True]
     assert "was published before passports held samples: its drift is not watched. Publish it again." in caplog.text
 
@@ -127,10 +115,10 @@ def test_a_version_without_samples_is_not_called_right(repository: Path, caplog:
 @pytest.mark.exhaustive
 @pytest.mark.server
 def test_servers_that_somebody_else_runs_are_asked_by_the_monitor(
-    server: InferenceServer, repository: Path, tmp_path: Path
+    server: InferenceServer, live_repository: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "flows.monitor", f"monitor.drift_of=[{server.http_address}]", "serve.drift_port=0"]
-    command += [f"publish.model_repo={repository}", f"artifacts_dir={tmp_path}"]
+    command += [f"publish.model_repo={live_repository}", f"artifacts_dir={tmp_path}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         told = next(line for line in process.stdout if line.startswith("Drift: "))

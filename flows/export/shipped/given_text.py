@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+MOST_ALTERNATIVES = 20
+"""Likeliest tokens that may be asked for at each place; as many as in OpenAI's interface."""
+
 
 @dataclass
 class Likelihoods:

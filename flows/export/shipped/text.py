@@ -25,7 +25,7 @@ import triton_python_backend_utils as pb_utils  # provided by the server
 from .continuous_batching import Generator, Text
 from .digests import check_files, state_files
 from .encryption import find
-from .given_text import Likelihoods, Pool, token_places
+from .given_text import MOST_ALTERNATIVES, Likelihoods, Pool, token_places
 from .pipeline import Pipeline, RankEndedError, open_program
 from .responses import deliver, describe, describe_prompt, fail
 from .sampling import Sampling
@@ -38,8 +38,6 @@ BUCKETS_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 
 """Upper ends, in seconds, of what the metrics tell waiting times apart by."""
 METRICS_S = 0.2
 """How often the metrics tell of steps: each number is a message to the server, which is waited for."""
-MOST_ALTERNATIVES = 20
-"""Likeliest tokens that may be asked for at each place; as many as in OpenAI's interface."""
 
 
 class RefusedError(ValueError):
