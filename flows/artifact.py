@@ -91,7 +91,7 @@ class Stage:
     parents: Mapping[str, Artifact] = field(default_factory=dict)
 
     @cached_property
-    def ingredients(self) -> dict[str, Any]:
+    def ingredients(self) -> Mapping[str, Any]:
         """Everything that decides the content, as JSON values."""
         return {
             "config": _what_decides_content(self.config, to_plain(self.config)),
@@ -223,7 +223,7 @@ class ArtifactStore:
         ingredients = stage.ingredients
         if is_resumable(stage):
             config = importlib.import_module(stage.module).resumable_as(stage.config)
-            ingredients |= {"config": to_plain(config)}
+            ingredients = {**ingredients, "config": to_plain(config)}
         return self.root / f"{stage.name}-{digest_json(ingredients)[:20]}.partial"
 
     def find(self, stage: Stage) -> tuple[Artifact | None, str]:

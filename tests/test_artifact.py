@@ -88,6 +88,22 @@ def test_made_once_then_found(project: Path, store: ArtifactStore) -> None:
     assert manifest["versions"]["torch"]
 
 
+def test_what_a_resumable_stage_leaves_out_of_its_workplace_stays_in_its_key(
+    project: Path, store: ArtifactStore
+) -> None:
+    resumable = (
+        "from dataclasses import replace\n\ndef resumable_as(config):\n    return replace(config, vocab_size=4096)\n"
+    )
+    (project / "flows" / "toy.py").write_text(MODULE + resumable)
+    forget()
+    first, other = toy(vocab_size=300), toy()
+    assert store.workplace(first) == store.workplace(other)
+    made = store.make(first)
+    assert store.find(toy(vocab_size=300)) == (made, "its artifact exists and verifies")
+    assert json.loads((made.path / "manifest.json").read_text())["ingredients"]["config"]["vocab_size"] == 300
+    assert store.find(other)[0] is None
+
+
 def test_equal_content_has_an_equal_digest_whatever_the_logs_say(project: Path, tmp_path: Path) -> None:
     first, second = (ArtifactStore(tmp_path / name / "store").make(toy()) for name in ("a", "b"))
     assert first.digest == second.digest
