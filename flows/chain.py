@@ -103,7 +103,7 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
         made_from["generation"] = generation
     entry = run(Stage("entry", "flows.serving.entry", config.entry(), made_from))
     proof = {**data, "entry": entry, "model": models[chosen], "program": program}
-    passport = run(Stage("passport", "flows.serving.verify", config.passport(), proof))
+    passport = run(Stage("passport", "flows.serving.proof.verify_stage", config.passport(), proof))
     release = {"entry": entry, "passport": passport, "gates": gates}
     published = run(Stage("publish", "flows.serving.publish", config.publish, release))
     everything |= {"entry": entry, "passport": passport, "publish": published}

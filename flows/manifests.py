@@ -24,11 +24,11 @@ from ruamel.yaml import YAML
 
 from flows.compose import run_cli
 from flows.config import Config
-from flows.serving import compose_file, kubernetes
-from flows.serving.container import MODELS_DIR, NOT_RUN, write_image, write_live
-from flows.serving.releases import check_proven, live_versions
+from flows.serving.manifests import compose_file, kubernetes
+from flows.serving.manifests.container import MODELS_DIR, NOT_RUN, write_image, write_live
+from flows.serving.releases.state import check_proven, live_versions
+from flows.serving.releases.watch import check_published
 from flows.serving.repository import PASSPORT
-from flows.serving.watch import check_published
 
 
 def manifests(config: Config) -> None:
@@ -61,8 +61,8 @@ def manifests(config: Config) -> None:
 
 
 def _write_vllm(config: Config, target: Path) -> None:
-    from flows.serving import vllm_model  # imports torch
-    from flows.serving.reverify import read_proven
+    from flows.serving.manifests import vllm_model  # imports torch
+    from flows.serving.proof.reverify import read_proven
 
     repository = config.publish.model_repo
     shutil.rmtree(target, ignore_errors=True)

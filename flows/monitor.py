@@ -20,9 +20,9 @@ from ruamel.yaml import YAML
 
 from flows.compose import run_cli
 from flows.config import Config
-from flows.serving.drift import DriftWatch
 from flows.serving.monitoring import alert_rules, dashboard, prometheus_config
-from flows.serving.watch import check_published
+from flows.serving.releases.drift import DriftWatch
+from flows.serving.releases.watch import check_published
 
 RULES = "alerts.yml"
 

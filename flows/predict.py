@@ -24,11 +24,11 @@ from flows.artifact import digest_file
 from flows.compose import run_cli
 from flows.config import Config, ConfigError
 from flows.serving.installation import check_server_available
-from flows.serving.predict import begun_version
-from flows.serving.predict import predict as predict_rows
-from flows.serving.releases import check_proven, read_aliases
+from flows.serving.prediction.predict import begun_version
+from flows.serving.prediction.predict import predict as predict_rows
+from flows.serving.releases.served_view import ServedView
+from flows.serving.releases.state import check_proven, read_aliases
 from flows.serving.repository import PASSPORT, lock_repository, model_names, published_names
-from flows.serving.served_view import ServedView
 from flows.serving.server import PREFIX, InferenceServer
 
 

@@ -27,8 +27,9 @@ from flows import verify
 from flows.artifact import load_artifact
 from flows.config import ConfigError, RunError
 from flows.config.serving import PublishConfig
-from flows.serving import promotion, publish
-from flows.serving.releases import Aliases, ReleaseError, read_aliases, read_history
+from flows.serving import publish
+from flows.serving.releases import promotion
+from flows.serving.releases.state import Aliases, ReleaseError, read_aliases, read_history
 from flows.serving.repository import complete_versions, published_names
 
 ROLES = ("entry", "passport", "gates")

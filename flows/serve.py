@@ -26,12 +26,12 @@ from typing import Any
 
 from flows.config import Config
 from flows.config.serving import LOOPBACK, ServeConfig
-from flows.serving.drift import DriftWatch
 from flows.serving.installation import check_server_available
+from flows.serving.releases.drift import DriftWatch
+from flows.serving.releases.served_view import Pool, ServedView
+from flows.serving.releases.watch import RepositoryWatcher, check_published
 from flows.serving.repository import TEXT_SUFFIX, lock_repository
-from flows.serving.served_view import Pool, ServedView
 from flows.serving.server import PREFIX, InferenceServer
-from flows.serving.watch import RepositoryWatcher, check_published
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def _serve_alone(config: Config, directory: Path, stop: threading.Event, running
     found += f"/metrics  drift http://{drift.address}/metrics  log {server.log_path}"
     logger.info("%s", ready_message(found, server, server.http_address))
     if options.openai_port is not None:
-        from flows.serving.openai_server import OpenAIServer  # imports a web framework
+        from flows.serving.public_endpoint.openai_server import OpenAIServer  # imports a web framework
 
         interface = running.enter_context(
             OpenAIServer(
@@ -112,9 +112,9 @@ def _serve_alone(config: Config, directory: Path, stop: threading.Event, running
 
 def _serve_replicas(config: Config, directory: Path, stop: threading.Event, running: ExitStack) -> None:
     from flows.launcher import free_port
-    from flows.serving.openai_api import read_keys
-    from flows.serving.openai_server import OpenAIServer  # imports a web framework
-    from flows.serving.replicas import ReplicatedServer
+    from flows.serving.public_endpoint.openai_api import read_keys
+    from flows.serving.public_endpoint.openai_server import OpenAIServer  # imports a web framework
+    from flows.serving.replicas.service import ReplicatedServer
 
     repository, options = config.publish.model_repo, config.serve
     keys = read_keys(options.api_keys_path) if options.api_keys_path else []

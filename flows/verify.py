@@ -20,8 +20,8 @@ from flows.artifact import write_json_atomically
 from flows.config import ConfigError, RunError
 from flows.config.checks import require
 from flows.serving.endpoint import Endpoint
+from flows.serving.proof.reverify import verify_version
 from flows.serving.repository import complete_versions
-from flows.serving.reverify import verify_version
 
 
 def main(arguments: list[str] | None = None) -> int:

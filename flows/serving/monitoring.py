@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flows.config.monitoring import MonitorConfig
-from flows.serving.drift import RATIO
+from flows.serving.releases.drift import RATIO
 
 JOB = "millrace"
 FAILED = "failed|queue_full|deadline"

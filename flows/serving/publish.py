@@ -4,7 +4,8 @@ Both models of an entry get the same number. Each version directory is copied as
 because the text model asks the scores of its own version; then what the server reads first, `config.pbtxt`, last. A
 version counts once both directories are there. A publisher that is killed at any moment leaves the versions before it
 served, and the next one sweeps up. A server that watches holds the same lock while it loads. Which of the versions are
-served is written last (`flows.serving.releases`): at once this one, or the one before until `flows.promote` says so.
+served is written last (`flows.serving.releases.state`): at once this one, or the one before until `flows.promote` says
+so.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from flows.artifact import Artifact, digest_file, flush_to_disk, write_json_atom
 from flows.config import ConfigError, RunError
 from flows.config.serving import PublishConfig
 from flows.serving.entry import REPOSITORY, STAGED_VERSION, version_digests
-from flows.serving.releases import is_recorded, record_published
+from flows.serving.releases.state import is_recorded, record_published
 from flows.serving.repository import (
     CONFIG,
     PASSPORT,

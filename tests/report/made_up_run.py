@@ -23,7 +23,7 @@ from flows.data.cleaning import Dropped
 from flows.evaluation import gates
 from flows.evaluation.latency import Timing
 from flows.evaluation.quality import Quality
-from flows.serving.scores_check import Check
+from flows.serving.proof.scores_check import Check
 from flows.training.hardware import Hardware
 from flows.training.plan import Plan, make_plan
 

@@ -11,7 +11,7 @@ import torch
 from flows.artifact import Artifact
 from flows.config.serving import PublishConfig
 from flows.serving import publish
-from flows.serving.releases import record_published
+from flows.serving.releases.state import record_published
 from flows.serving.repository import PASSPORT, lock_repository
 from flows.serving.server import InferenceServer
 from tests.serving.tiny_chain import (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flows.artifact import digest_file, write_json_atomically
 from flows.serving.entry import FILES, read_files
-from flows.serving.releases import record_published
+from flows.serving.releases.state import record_published
 from flows.serving.repository import PASSPORT, VERSION_CONFIG, lock_repository, model_names
 
 NAME = "made_up"

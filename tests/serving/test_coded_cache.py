@@ -10,7 +10,7 @@ import pytest
 
 from flows.config import ConfigError
 from flows.config.serving import CacheDtype, ExportConfig
-from flows.serving import verify
+from flows.serving.proof import verify_stage
 from tests.serving import tiny_model
 from tests.serving.tiny_chain import ENTRY, EXPORT, PASSPORT, Chain, build_entry
 
@@ -29,8 +29,8 @@ def test_texts_of_a_version_with_a_cache_in_8_bits_are_those_of_its_checkpoint(
         build_entry(tmp_path / "tight", made_from, replace(ENTRY, export=_with_no_cache(coded)))
     (tmp_path / "passport").mkdir()
     parents = replace(chain, entry=entry).passport_parents
-    verify.build(tmp_path / "passport", replace(PASSPORT, export=coded), parents)
-    passport = json.loads((tmp_path / "passport" / verify.PASSPORT).read_text())
+    verify_stage.build(tmp_path / "passport", replace(PASSPORT, export=coded), parents)
+    passport = json.loads((tmp_path / "passport" / verify_stage.PASSPORT).read_text())
     assert passport["verdict"] == "passed"
     texts = [row for row in passport["rows"] if row["name"] == "greedy text"]
     assert texts

@@ -24,7 +24,7 @@ from flows.export.shipped.given_text import Likelihoods, Pool
 from flows.export.shipped.layers import Layers
 from flows.export.shipped.sampling import Sampling
 from flows.export.shipped.text_programs import PagedProgram, WholeProgram
-from flows.serving.text_check import Checkpoint
+from flows.serving.proof.text_check import Checkpoint
 from tests.serving import tiny_model
 from tests.serving.tiny_chain import Chain
 

@@ -14,7 +14,8 @@ from flows.config import Config, ConfigError
 from flows.config.serving import ExportConfig
 from flows.export.shipped import encryption
 from flows.preflight import check
-from flows.serving import config_pbtxt, entry, verify
+from flows.serving import config_pbtxt, entry
+from flows.serving.proof import verify_stage
 from tests.serving.tiny_chain import ENTRY, EXPORT, NAME, PASSPORT, Chain, build_entry
 
 KEY = "0f" * 32
@@ -88,7 +89,7 @@ def test_an_encrypted_version_is_proven_like_any_other(
     production = config_pbtxt.parse((repository / NAME / "config.pbtxt").read_text())
     assert production.backend == "python", "the ONNX backend cannot decrypt"
     (tmp_path / "passport").mkdir()
-    summary = verify.build(tmp_path / "passport", replace(PASSPORT, export=export), made.passport_parents)
+    summary = verify_stage.build(tmp_path / "passport", replace(PASSPORT, export=export), made.passport_parents)
     assert summary["verdict"] == "passed"
     assert np.isfinite(summary["worst_difference"])
     stated = json.loads((tmp_path / "passport" / "passport.json").read_text())
@@ -97,5 +98,7 @@ def test_an_encrypted_version_is_proven_like_any_other(
     monkeypatch.setenv(encryption.KEY, OTHER)
     assert entry.fingerprint(config) != before, "another key is another entry"
     (tmp_path / "again").mkdir()
-    with pytest.raises(verify.PassportError, match=r"cannot be decrypted: it was changed, or the key is another one"):
-        verify.build(tmp_path / "again", replace(PASSPORT, export=export), made.passport_parents)
+    with pytest.raises(
+        verify_stage.PassportError, match=r"cannot be decrypted: it was changed, or the key is another one"
+    ):
+        verify_stage.build(tmp_path / "again", replace(PASSPORT, export=export), made.passport_parents)

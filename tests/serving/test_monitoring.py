@@ -23,8 +23,8 @@ from flows.launcher import stop_sessions
 from flows.launcher.sessions import free_port
 from flows.monitor import monitor
 from flows.serving.client import Client, Transport
-from flows.serving.drift import RATIO
 from flows.serving.monitoring import alert_rules, dashboard
+from flows.serving.releases.drift import RATIO
 from flows.serving.server import InferenceServer
 from tests.serving.tiny_chain import NAME, Chain
 

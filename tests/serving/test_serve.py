@@ -22,7 +22,7 @@ import pytest
 
 from flows.artifact import Artifact
 from flows.serving.client import Client, Transport
-from flows.serving.releases import record_published
+from flows.serving.releases.state import record_published
 from flows.serving.repository import lock_repository, model_names
 from flows.serving.server import PREFIX, SHARED_MEMORY_DIR
 from tests.serving.tiny_chain import NAME, Chain

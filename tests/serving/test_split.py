@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.serving.test_proxy import needs_haproxy
 from tritonclient.utils import InferenceServerException
 
 from flows.artifact import Artifact
@@ -28,16 +29,15 @@ from flows.data.tokenizer import load_tokenizer
 from flows.export import generation, split
 from flows.export.program import scores_of
 from flows.export.runtime import Program
-from flows.serving import verify
 from flows.serving.client import Client, Transport
-from flows.serving.deaths import DeathWatch, model_processes
-from flows.serving.planted_errors import _seal
-from flows.serving.release_drill import PROBE_TIMEOUT_S, load_on, serving
+from flows.serving.drills.release_drill import PROBE_TIMEOUT_S, load_on, serving
+from flows.serving.drills.server_faults import OF_A_RANK, faults
+from flows.serving.proof import verify_stage
+from flows.serving.proof.planted_errors import _seal
+from flows.serving.proof.text_check import Checkpoint
+from flows.serving.replicas.deaths import DeathWatch, model_processes
 from flows.serving.server import InferenceServer
-from flows.serving.server_faults import OF_A_RANK, faults
-from flows.serving.text_check import Checkpoint
 from tests.serving import tiny_model
-from tests.serving.test_proxy import needs_haproxy
 from tests.serving.test_server import own_leftovers
 from tests.serving.tiny_chain import ENTRY, EXPORT, NAME, PASSPORT, Chain, build_entry
 
@@ -149,7 +149,7 @@ def test_two_ranks_answer_like_one_process_and_live_again_after_one_was_killed(
 @pytest.fixture(scope="module")
 def split_passport(split_chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     directory = tmp_path_factory.mktemp("split_passport")
-    summary = verify.build(directory, replace(PASSPORT, export=SPLIT), split_chain.passport_parents)
+    summary = verify_stage.build(directory, replace(PASSPORT, export=SPLIT), split_chain.passport_parents)
     return replace(tiny_model.artifact("passport", directory), metrics=summary)
 
 
@@ -199,8 +199,8 @@ def test_a_wrong_part_is_caught(split_chain: Chain, tmp_path: Path, plant: str, 
     told = "has sha256"
     if sealed:
         told = "this part has to make" if plant == "swapped" else "The served model is not the trained one"
-    with pytest.raises(verify.PassportError, match=told):
-        verify.build(tmp_path / "passport", replace(PASSPORT, export=SPLIT), changed.passport_parents)
+    with pytest.raises(verify_stage.PassportError, match=told):
+        verify_stage.build(tmp_path / "passport", replace(PASSPORT, export=SPLIT), changed.passport_parents)
     if sealed and plant != "swapped":  # it can be served: what it answers tells
         rows = json.loads((tmp_path / "passport" / "passport.json").read_text())["rows"]
         assert {"digests", "scores"} <= {row["name"] for row in rows if not row["passed"]}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from flows.artifact import Artifact, Stage, _seal, load_artifact
 from flows.config.serving import EntryConfig, ExportConfig, PassportConfig, PublishConfig, VerifyConfig
-from flows.serving import entry, publish, verify
+from flows.serving import entry, publish
+from flows.serving.proof import verify_stage
 from tests.serving import tiny_model
 
 NAME = "tiny"
@@ -68,7 +69,7 @@ def build_chain(root: Path, seed: int) -> Chain:
 
 def make_passport(directory: Path, chain: Chain) -> Artifact:
     directory.mkdir(parents=True)
-    metrics = verify.build(directory, PASSPORT, chain.passport_parents)
+    metrics = verify_stage.build(directory, PASSPORT, chain.passport_parents)
     return replace(tiny_model.artifact("passport", directory), metrics=metrics)
 
 

@@ -1,0 +1,1 @@
+"""Faults on purpose, under load: malformed requests, dead and hung servers, storms of promotions."""

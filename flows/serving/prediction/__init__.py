@@ -1,0 +1,1 @@
+"""Answers to all rows of a file, from one server or several."""

@@ -1,0 +1,1 @@
+"""What clients outside may reach: a guard before the inference server, and an interface like OpenAI's."""

@@ -1,0 +1,1 @@
+"""Which version is live, and every change of it: promote, canary, rollback, and what watches them."""

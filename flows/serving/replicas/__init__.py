@@ -1,0 +1,1 @@
+"""Several supervised inference servers behind one proxy."""
