@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.serving.test_proxy import needs_haproxy
 from tritonclient.utils import InferenceServerException
 
 from flows.artifact import Artifact
@@ -38,6 +37,7 @@ from flows.serving.proof.text_check import Checkpoint
 from flows.serving.replicas.deaths import DeathWatch, model_processes
 from flows.serving.server import InferenceServer
 from tests.serving import tiny_model
+from tests.serving.replicas.test_proxy import needs_haproxy
 from tests.serving.test_server import own_leftovers
 from tests.serving.tiny_chain import ENTRY, EXPORT, NAME, PASSPORT, Chain, build_entry
 

@@ -12,7 +12,6 @@ from math import isnan
 from pathlib import Path
 
 import pytest
-from tests.serving.test_canary import change_one_weight
 
 from flows.artifact import Artifact, digest_file
 from flows.config import Config
@@ -23,6 +22,7 @@ from flows.serving.proof.recorded_samples import RECORDED, scores_drift, text_dr
 from flows.serving.releases.drift import RATIO, DriftWatch
 from flows.serving.repository import PASSPORT
 from flows.serving.server import InferenceServer
+from tests.serving.releases.test_canary import change_one_weight
 from tests.serving.test_monitoring import DEADLINE_S, needs_prometheus, prometheus
 from tests.serving.tiny_chain import NAME
 

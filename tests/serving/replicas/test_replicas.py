@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.serving.test_proxy import needs_haproxy
 
 from flows.artifact import Artifact
 from flows.config.serving import PublishConfig
@@ -17,6 +16,7 @@ from flows.serving.drills.server_faults import faults
 from flows.serving.releases import promotion
 from flows.serving.releases.canary import WHO
 from flows.serving.releases.state import read_aliases, read_history
+from tests.serving.replicas.test_proxy import needs_haproxy
 from tests.serving.tiny_chain import NAME, Chain
 
 pytestmark = [pytest.mark.server, pytest.mark.exhaustive, needs_haproxy]
