@@ -133,8 +133,7 @@ def write_json_atomically(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with aside.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(json.dumps(value, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

@@ -1,6 +1,6 @@
 """The chain: which stages there are, in which order, and what each one is made from.
 
-It only describes: whoever calls it decides how a stage runs (as a Prefect task in `flows.train`, bare in the
+It only describes: whoever calls it decides how a stage runs (as a Prefect task in `flows.train_flow`, bare in the
 orchestration benchmark) or does not run at all (`look_along`).
 """
 

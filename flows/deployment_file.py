@@ -14,7 +14,7 @@ from flows.compose import CONF_DIR, compose_config
 from flows.config import ConfigError
 
 DEPLOYMENT_DIR = CONF_DIR / "deployment"
-FLOWS = {"train": "flows.train.train"}
+FLOWS = {"train": "flows.train_flow.train"}
 """Flows that can be scheduled, by name: where each is imported from."""
 
 

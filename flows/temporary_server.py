@@ -12,9 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import ExitStack
-
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from contextlib import ExitStack, suppress
 
 from flows.config import RunError
 from flows.launcher import STOP_GRACE_S, free_port, stop_sessions
@@ -26,33 +24,69 @@ import sys
 from flows.launcher import follow_parent
 follow_parent()
 import uvicorn
-uvicorn.run("prefect.server.api.server:create_app", factory=True, port=int(sys.argv[1]), log_level="error")
+from prefect.server.api.server import create_app
+app = create_app()
+port = sys.stdin.readline()
+if port:
+    uvicorn.run(app, port=int(port), log_level="error")
 """
+"""Imports for seconds, which touches nothing, and serves once it is told where; or ends when nobody will tell it."""
 
 
-def start_prefect_api() -> None:
-    """Makes sure that there is a Prefect API: the configured server, or a temporary one on loopback.
+class TemporaryServer:
+    """A Prefect API for this process: the configured server, or a temporary one on loopback.
 
-    The temporary one is stopped when the interpreter exits, after Prefect's own threads have sent their last events to
-    it, and the kernel ends it if this process is killed.
-
-    Raises:
-        RunError: The temporary server did not start.
+    The temporary one imports what it needs while its owner still reads and checks a configuration. It is stopped when
+    the interpreter exits, after Prefect's own threads have sent their last events to it, and the kernel ends it if this
+    process is killed.
     """
-    if PREFECT_API_URL.value():
-        return
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(port)],
-        env={**os.environ, "PARENT_PID": str(os.getpid()), "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT_UI_ENABLED": "0"},
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    at_exit = ExitStack()
-    at_exit.callback(stop_sessions, [server], STOP_GRACE_S)
-    atexit.register(at_exit.close)
-    _wait_until_healthy(server, f"http://127.0.0.1:{port}/api/health")
-    at_exit.enter_context(temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}))
+
+    def __init__(self) -> None:
+        self._at_exit = ExitStack()
+        atexit.register(self._at_exit.close)
+        self._process = None if os.environ.get("PREFECT_API_URL") else self._prepare()
+
+    def _prepare(self) -> subprocess.Popen[bytes]:
+        ephemeral = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT_UI_ENABLED": "0"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            env={**os.environ, "PARENT_PID": str(os.getpid()), **ephemeral},
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self._at_exit.callback(stop_sessions, [process], STOP_GRACE_S)
+        return process
+
+    def start(self) -> None:
+        """Has an API answer, unless one does already.
+
+        Raises:
+            RunError: The temporary server did not start.
+        """
+        from prefect.settings import (  # takes a second
+            PREFECT_API_URL,
+            PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+            temporary_settings,
+        )
+
+        if self._process is None:
+            return
+        if PREFECT_API_URL.value():  # a profile names a server
+            self._at_exit.close()
+        else:
+            port = free_port()
+            _tell(self._process, port)
+            _wait_until_healthy(self._process, f"http://127.0.0.1:{port}/api/health")
+            # nobody there watches heartbeats, and a run's end waits up to a second for their thread
+            ours = {PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+            self._at_exit.enter_context(temporary_settings(ours))
+        self._process = None
+
+
+def _tell(server: subprocess.Popen[bytes], port: int) -> None:
+    assert server.stdin is not None
+    with suppress(BrokenPipeError), server.stdin as words:  # one that has ended is reported by who waits for it
+        words.write(f"{port}\n".encode())
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], url: str) -> None:

@@ -91,7 +91,7 @@ def test_what_a_skipped_run_imports_needs_no_torch() -> None:
     named = set(re.findall(r'"(flows\.[a-z_.]+)"', (ROOT / "flows" / "chain.py").read_text()))
     asked = sorted(module for module in named if {"fingerprint", "is_current"} & defined_names(module))
     assert {"flows.training.stage", "flows.evaluation.quality_stage", "flows.serving.entry"} <= set(asked)
-    program = f"import sys, flows.train, {', '.join(asked)}; print('torch' in sys.modules)"
+    program = f"import sys, flows.train_flow, {', '.join(asked)}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
 
