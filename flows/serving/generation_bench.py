@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from flows.config import ConfigError, RunError
 from flows.serving.client import Client, Transport
 from flows.serving.generation_rival import Rival
-from flows.serving.load import Load, ask_text, under_load
+from flows.serving.load import Connection, Load, ask_text, under_load
 from flows.serving.repository import complete_versions, model_names
 from flows.serving.server import InferenceServer
 
@@ -70,25 +71,38 @@ def run(repository: Path, model_name: str, checkpoint: Path, clients: Sequence[i
         _FastApi(checkpoint, Path(scratch) / "fastapi.log") as fast_api,
     ):
         text = model_names(model_name)[1]
-        _check_texts(lambda prompt: _ours(server.grpc_address, text, prompt, Load()), rival)
+
+        def connect() -> Client:
+            return Client(Transport.grpc, server.grpc_address)
+
+        def streamed(client: Client, prompt: str, load: Load) -> str:
+            return ask_text(client, text, prompt, MAX_TOKENS, load)
+
+        def whole(client: Client, prompt: str, load: Load) -> str:
+            answer = client.generate(text, prompt, options={"max_tokens": MAX_TOKENS})
+            load.tokens.append(answer.completion_tokens)
+            return answer.text
+
+        with connect() as client:
+            _check_texts(lambda prompt: streamed(client, prompt, Load()), rival)
         print(f"{MAX_TOKENS} tokens a request, greedy; tokens/s of all clients together, other numbers in ms")
         print(f"{'':8}{'ours':>10}{'whole':>8}{'FastAPI':>10}{'ratio':>8}{'static batch':>14}{'ratio':>8}", end="")
         print("".join(f"{name:>16}" for name in ("first p50", "first p95", "between p50", "between p95")))
         for count in clients:
             requests = max(REQUESTS, 4 * count)
-            ours = _under_load(count, requests, lambda prompt, load: _ours(server.grpc_address, text, prompt, load))
-            whole = _under_load(count, requests, lambda prompt, load: _whole(server.grpc_address, text, prompt, load))
-            theirs = _under_load(count, min(requests, 2 * REQUESTS), fast_api.ask)
+            ours = _under_load(count, requests, connect, streamed)
+            at_once = _under_load(count, requests, connect, whole)
+            theirs = _under_load(count, min(requests, 2 * REQUESTS), fast_api.connect, fast_api.ask)
             static = _static(rival, count, requests)
             ratios = [ours.tokens_per_s / other.tokens_per_s for other in (theirs, static)]
             print(
-                f"{count:<8}{ours.tokens_per_s:10.0f}{whole.tokens_per_s:8.0f}{theirs.tokens_per_s:10.0f}{ratios[0]:8.2f}",
+                f"{count:<8}{ours.tokens_per_s:10.0f}{at_once.tokens_per_s:8.0f}{theirs.tokens_per_s:10.0f}{ratios[0]:8.2f}"
+                f"{static.tokens_per_s:14.0f}{ratios[1]:8.2f}",
                 end="",
             )
-            print(f"{static.tokens_per_s:14.0f}{ratios[1]:8.2f}", end="")
             measured = (ours.first_ms, ours.between_ms)
             print("".join(f"{np.percentile(values, share):16.1f}" for values in measured for share in (50, 95)))
-        _compare_scores(server, model_name, fast_api)
+        _compare_scores(connect, model_name, fast_api)
 
 
 def _check_texts(ours: Callable[[str], str], rival: Rival) -> None:
@@ -101,38 +115,36 @@ def _check_texts(ours: Callable[[str], str], rival: Rival) -> None:
             )
 
 
-def _under_load(clients: int, requests: int, ask: Callable[[str, Load], str]) -> Load:
-    for prompt in PROMPTS[:2]:
-        ask(prompt, Load())
-    return under_load(clients, islice(cycle(PROMPTS), requests), ask)
+def _under_load(
+    clients: int,
+    requests: int,
+    connect: Callable[[], AbstractContextManager[Connection]],
+    ask: Callable[[Connection, str, Load], str],
+) -> Load:
+    with connect() as connection:
+        for prompt in PROMPTS[:2]:
+            ask(connection, prompt, Load())
+    return under_load(clients, islice(cycle(PROMPTS), requests), connect, ask)
 
 
-def _ours(address: str, model: str, prompt: str, load: Load) -> str:
-    return ask_text(address, model, prompt, MAX_TOKENS, load)
-
-
-def _whole(address: str, model: str, prompt: str, load: Load) -> str:
-    with Client(Transport.grpc, address) as client:
-        answer = client.generate(model, prompt, options={"max_tokens": MAX_TOKENS})
-    load.tokens.append(answer.completion_tokens)
-    return answer.text
-
-
-def _compare_scores(server: InferenceServer, model: str, fast_api: _FastApi) -> None:
+def _compare_scores(connect: Callable[[], Client], model: str, fast_api: _FastApi) -> None:
     """Prints scores of ours and theirs per second, and their ratio."""
     ids = np.arange(SCORE_TOKENS, dtype=np.int64) % 256
     requests = [np.roll(ids, number) for number in range(SCORE_REQUESTS)]
 
-    def ask(ids_L: NDArray[np.int64], load: Load) -> NDArray[np.float32]:
-        with Client(Transport.grpc, server.grpc_address) as client:
-            scores: NDArray[np.float32] = client.scores(model, ids_L[None], np.ones_like(ids_L[None]))[0]
+    def ask(client: Client, ids_L: NDArray[np.int64], load: Load) -> NDArray[np.float32]:
+        scores: NDArray[np.float32] = client.scores(model, ids_L[None], np.ones_like(ids_L[None]))[0]
         load.tokens.append(1)
         return scores
 
-    ours, theirs = ask(ids, Load()), fast_api.scores(ids, Load())
+    with connect() as client, fast_api.connect() as connection:
+        ours, theirs = ask(client, ids, Load()), fast_api.scores(connection, ids, Load())
     if (difference := float(np.abs(ours - theirs).max())) > SCORE_DIFFERENCE * float(np.abs(theirs).max()):
         raise RunError(f"Scores differ from those of transformers by {difference:.3g}. They were not timed.")
-    loads = [under_load(SCORE_CLIENTS, iter(requests), one) for one in (ask, fast_api.scores)]
+    loads = (
+        under_load(SCORE_CLIENTS, iter(requests), connect, ask),
+        under_load(SCORE_CLIENTS, iter(requests), fast_api.connect, fast_api.scores),
+    )
     per_s = [load.answers_per_s for load in loads]
     print(
         f"scores of {SCORE_TOKENS} tokens, {SCORE_CLIENTS} clients: ours {per_s[0]:.0f}/s, FastAPI {per_s[1]:.0f}/s, "
@@ -166,7 +178,8 @@ class _FastApi:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
-                self.ask(PROMPTS[0], Load())
+                with self.connect() as connection:
+                    self.ask(connection, PROMPTS[0], Load())
                 return self
             except OSError:
                 if self._process.poll() is not None or time.monotonic() > deadline:
@@ -177,24 +190,28 @@ class _FastApi:
         self._process.send_signal(signal.SIGTERM)
         self._process.wait()
 
-    def ask(self, prompt: str, load: Load) -> str:
+    def connect(self) -> AbstractContextManager[http.client.HTTPConnection]:
+        """A client's connection."""
+        return closing(http.client.HTTPConnection("127.0.0.1", self._port))
+
+    def ask(self, connection: http.client.HTTPConnection, prompt: str, load: Load) -> str:
         """One text."""
-        answer = json.loads(self._post("/generate", {"prompt": prompt, "max_tokens": MAX_TOKENS}))
+        answer = json.loads(_post(connection, "/generate", {"prompt": prompt, "max_tokens": MAX_TOKENS}))
         load.tokens.append(answer["tokens"])
         return str(answer["text"])
 
-    def scores(self, ids_L: NDArray[np.int64], load: Load) -> NDArray[np.float32]:
+    def scores(
+        self, connection: http.client.HTTPConnection, ids_L: NDArray[np.int64], load: Load
+    ) -> NDArray[np.float32]:
         """Scores [V] of the token after the last one."""
-        scores = np.frombuffer(self._post("/scores", {"ids": ids_L.tolist()}), np.float32)
+        scores = np.frombuffer(_post(connection, "/scores", {"ids": ids_L.tolist()}), np.float32)
         load.tokens.append(1)
         return scores
 
-    def _post(self, path: str, body: dict[str, Any]) -> bytes:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port)
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        answer = connection.getresponse().read()
-        connection.close()
-        return answer
+
+def _post(connection: http.client.HTTPConnection, path: str, body: dict[str, Any]) -> bytes:
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    return connection.getresponse().read()
 
 
 if __name__ == "__main__":

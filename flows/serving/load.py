@@ -1,4 +1,4 @@
-"""Clients that each ask again as soon as they are answered, and what they saw."""
+"""Clients that each ask again as soon as they are answered, on a connection that stays open, and what they saw."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from flows.serving.client import Client, Completion, Transport
+from flows.serving.client import Client, Completion
 
+Connection = TypeVar("Connection")
 Request = TypeVar("Request")
 
 
@@ -39,13 +41,19 @@ class Load:
         return len(self.tokens) / self.seconds
 
 
-def under_load(clients: int, requests: Iterable[Request], ask: Callable[[Request, Load], object]) -> Load:
+def under_load(
+    clients: int,
+    requests: Iterable[Request],
+    connect: Callable[[], AbstractContextManager[Connection]],
+    ask: Callable[[Connection, Request, Load], object],
+) -> Load:
     """Lets `clients` threads ask until there are no more requests.
 
     Args:
         clients: Requests at the same time.
         requests: May be endless, or end when its time is over.
-        ask: Asks one and notes in the load what it saw.
+        connect: Opens a client's connection.
+        ask: Asks one on it and notes in the load what it saw.
 
     Raises:
         Exception: Whatever the first failed request raised.
@@ -54,12 +62,13 @@ def under_load(clients: int, requests: Iterable[Request], ask: Callable[[Request
     none_left = object()
 
     def client(_: int) -> None:
-        while True:
-            with lock:
-                request = next(waiting, none_left)
-            if request is none_left:
-                return
-            ask(request, load)  # type: ignore[arg-type]
+        with connect() as connection:
+            while True:
+                with lock:
+                    request = next(waiting, none_left)
+                if request is none_left:
+                    return
+                ask(connection, request, load)  # type: ignore[arg-type]
 
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
@@ -68,11 +77,11 @@ def under_load(clients: int, requests: Iterable[Request], ask: Callable[[Request
     return load
 
 
-def ask_text(address: str, model: str, prompt: str, max_tokens: int, load: Load) -> str:
-    """One text over gRPC, streamed; notes its waits, which are single list operations and need no lock.
+def ask_text(client: Client, model: str, prompt: str, max_tokens: int, load: Load) -> str:
+    """One text, streamed; notes its waits, which are single list operations and need no lock.
 
     Args:
-        address: `host:port` of the server's gRPC.
+        client: To the server.
         model: Name of the text model.
         prompt: Beginning of the text.
         max_tokens: Most new tokens.
@@ -80,12 +89,11 @@ def ask_text(address: str, model: str, prompt: str, max_tokens: int, load: Load)
     """
     pieces: list[Completion] = []
     started = last = time.perf_counter()
-    with Client(Transport.grpc, address) as client:
-        for piece in client.stream(model, prompt, options={"max_tokens": max_tokens}):
-            now = time.perf_counter()
-            (load.between_ms if pieces else load.first_ms).append(1e3 * (now - last))
-            last = now
-            pieces.append(piece)
+    for piece in client.stream(model, prompt, options={"max_tokens": max_tokens}):
+        now = time.perf_counter()
+        (load.between_ms if pieces else load.first_ms).append(1e3 * (now - last))
+        last = now
+        pieces.append(piece)
     load.whole_ms.append(1e3 * (last - started))
     load.tokens.append(pieces[-1].completion_tokens)
     return "".join(piece.text for piece in pieces)

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -220,16 +221,15 @@ def _measure(
     with tempfile.TemporaryDirectory(prefix="millrace-tune-") as scratch:
         entry.build(Path(scratch), entry_config, parents)
         with InferenceServer(Path(scratch) / entry.REPOSITORY, [model], Path(scratch) / "server.log") as server:
+            ask_for = partial(_ask_for, server.grpc_address, config.clients)
             if config.task == TuneTask.text:
                 tokenizer = Tokenizer.from_file(str(parents["program"].path / "tokenizer.json"))
                 texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in prompts]
-                ask = _for_text(server.grpc_address, model, config.new_tokens)
-                _ask_for(config.trial_s / 4, config.clients, texts, ask)
-                load = _ask_for(config.trial_s, config.clients, texts, ask)
+                ask_for = partial(ask_for, texts, _for_text(model, config.new_tokens))
             else:
-                scores = _for_scores(server.grpc_address, model)
-                _ask_for(config.trial_s / 4, config.clients, prompts, scores)
-                load = _ask_for(config.trial_s, config.clients, prompts, scores)
+                ask_for = partial(ask_for, prompts, _for_scores(model))
+            ask_for(config.trial_s / 4)
+            load = ask_for(config.trial_s)
     waits = {
         TuneLatency.first_token: load.first_ms,
         TuneLatency.between_tokens: load.between_ms,
@@ -240,7 +240,13 @@ def _measure(
     return Trial(settings, round(float(p50), 3), round(float(p95), 3), round(per_s, 2), len(load.tokens))
 
 
-def _ask_for(seconds: float, clients: int, requests: Sequence[Request], ask: Callable[[Request, Load], object]) -> Load:
+def _ask_for(
+    address: str,
+    clients: int,
+    requests: Sequence[Request],
+    ask: Callable[[Client, Request, Load], object],
+    seconds: float,
+) -> Load:
     end = time.monotonic() + seconds
 
     def until_the_end() -> Iterator[Request]:
@@ -249,18 +255,17 @@ def _ask_for(seconds: float, clients: int, requests: Sequence[Request], ask: Cal
                 return
             yield request
 
-    return under_load(clients, until_the_end(), ask)
+    return under_load(clients, until_the_end(), lambda: Client(Transport.grpc, address), ask)
 
 
-def _for_text(address: str, model: str, new_tokens: int) -> Callable[[str, Load], object]:
-    return lambda prompt, load: ask_text(address, model, prompt, new_tokens, load)
+def _for_text(model: str, new_tokens: int) -> Callable[[Client, str, Load], object]:
+    return lambda client, prompt, load: ask_text(client, model, prompt, new_tokens, load)
 
 
-def _for_scores(address: str, model: str) -> Callable[[NDArray[np.int64], Load], object]:
-    def ask(ids: NDArray[np.int64], load: Load) -> None:
+def _for_scores(model: str) -> Callable[[Client, NDArray[np.int64], Load], object]:
+    def ask(client: Client, ids: NDArray[np.int64], load: Load) -> None:
         started = time.perf_counter()
-        with Client(Transport.grpc, address) as client:
-            client.scores(model, ids[None], np.ones_like(ids[None]))
+        client.scores(model, ids[None], np.ones_like(ids[None]))
         load.whole_ms.append(1e3 * (time.perf_counter() - started))
         load.tokens.append(len(ids))
 
