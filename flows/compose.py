@@ -101,9 +101,13 @@ def explain_error(error: BaseException) -> str:
 def _nearest_settings(name: str) -> str:
     known = [reference.name for reference in field_references()]
     section, _, leaf = name.rpartition(".")
-    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+    prefix = f"{section}." if section else ""
+    if elsewhere := [other for other in known if other.endswith(f".{leaf}")]:
+        return f"Did you mean {min(elsewhere, key=lambda other: (not other.startswith(prefix), len(other)))}?"
+    below = (other.removeprefix(prefix) for other in known if other.startswith(prefix))
+    siblings = list(dict.fromkeys(other.partition(".")[0] for other in below))
     if close := difflib.get_close_matches(leaf, siblings, n=1):
-        return f"Did you mean {section}.{close[0]}?".replace(" .", " ")
+        return f"Did you mean {prefix}{close[0]}?"
     if siblings:
         return f"Settings there: {', '.join(siblings)}."
     close = difflib.get_close_matches(name, known, n=1)

@@ -82,6 +82,8 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
         ("+data.mixture.x.corpus.pahts=[a]", r"data.mixture.x.corpus.pahts=\['a'\]: Unexpected"),
         ("+data.mixture.x.wieght=3", "data.mixture.x.wieght=3: Unexpected"),
         ("+data.mixture.x.weight=0", "data.mixture.x.weight=0 must be greater than 0. Set whole numbers"),
+        ("distil.temperature=3", r"distil is not a setting. Did you mean distill\?"),
+        ("max_steps=3", r"max_steps is not a setting. Did you mean train.max_steps\?"),
         ("train.optimizer.lr=3", "train.optimizer.lr is not a setting. Settings there: .*learning_rate"),
         ("train.max_steps=many", "train.max_steps: Value 'many' of type 'str' could not be converted to Integer"),
         (
