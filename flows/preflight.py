@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from flows.config import Config, ConfigError
 from flows.config.checks import require
+from flows.config.data import corpus_section
 from flows.config.engine import Device, Precision
+from flows.config.json_form import spoken_at
 from flows.config.launcher import LauncherKind
 from flows.config.model import Architecture, Kernels
 from flows.config.serving import NO_CANDIDATE
@@ -21,8 +23,11 @@ from flows.training.trackers import check_trackers
 
 def check(config: Config) -> None:
     """Raises `ConfigError` for missing files, hardware and software that this run would need."""
-    for corpus in config.data.corpora.values():
-        check_sources(corpus)
+    for name, corpus in config.data.corpora.items():
+        try:
+            check_sources(corpus)
+        except ConfigError as refusal:
+            raise spoken_at(refusal, corpus_section(name)) from None
     if config.data.tokenizer.directory is not None:
         check_tokenizer(config.data.tokenizer.directory, config.model.family)
     check_trackers(config.tracking)
