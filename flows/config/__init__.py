@@ -139,13 +139,14 @@ class Config:
                     "leaves no text to measure on: models are compared on documents that they were not trained on",
                     f"Set {corpus_section(name)}.{field_name}=0.03.",
                 )
+        fitting = [length for length in self.verify.lengths if length <= self.data.sequence_length] or [1]
         for length in self.verify.lengths:
             require(
                 length <= self.data.sequence_length,
                 "verify.lengths",
                 list(self.verify.lengths),
                 f"must not exceed data.sequence_length={self.data.sequence_length}",
-                f"Set verify.lengths={[one for one in self.verify.lengths if one <= self.data.sequence_length] or [1]}.",
+                f"Set verify.lengths={fitting}.",
             )
         require(
             self.evaluate.latency.tokens <= self.data.sequence_length,

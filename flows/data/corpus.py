@@ -61,9 +61,8 @@ def build(directory: Path, config: CorpusConfig, parents: Mapping[str, Artifact]
         raise ConfigError(_nothing_usable(config, read_documents, dropped))
     writer.finish()
     if dropped:
-        logger.warning(
-            "%s of %s documents are left out: %s", f"{dropped.total():,}", f"{read_documents:,}", _counted(dropped)
-        )
+        left_out = f"{dropped.total():,} of {read_documents:,} documents are left out"
+        logger.warning("%s: %s", left_out, _counted(dropped))
     return {
         "read": {"documents": read_documents, "bytes": read_bytes},
         "splits": writer.sizes,
@@ -75,8 +74,8 @@ def _nothing_usable(config: CorpusConfig, read_documents: int, dropped: Counter[
     fields = " and ".join(f"data.corpus.{name}={getattr(config, name)}" for name in config.field_settings)
     return (
         f"data.corpus.source={config.source} gives no usable document: {read_documents} read "
-        f"({_counted(dropped) or 'nothing there'}). Check what data.corpus.paths or dataset points at, {fields} where there are "
-        f"fields, and data.corpus.min_document_bytes={config.min_document_bytes}."
+        f"({_counted(dropped) or 'nothing there'}). Check what data.corpus.paths or dataset points at, {fields} where "
+        f"there are fields, and data.corpus.min_document_bytes={config.min_document_bytes}."
     )
 
 
