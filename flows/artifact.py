@@ -7,6 +7,7 @@ its parents, fingerprints of outside inputs, and the source of the code that mak
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import importlib
@@ -35,6 +36,7 @@ RECORDS_DIR = "logs"
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 OWN_PACKAGES = ("flows", "kernels")
 CARRIES_ON = "; it carries on from an interrupted run"
+MAKE_ROOM = "Make room, or set artifacts_dir or TMPDIR to another disk; the same command keeps all finished stages."
 RECORDED_LIBRARIES = (
     "torch",
     "deepspeed",
@@ -246,6 +248,7 @@ class ArtifactStore:
 
         Raises:
             ArtifactError: The code changed while it ran.
+            RunError: The disk is full.
         """
         key = self.key(stage)
         aside = self.workplace(stage)
@@ -258,8 +261,13 @@ class ArtifactStore:
                 shutil.rmtree(aside)
             aside.mkdir(parents=True, exist_ok=True)
             started = time.monotonic()
-            metrics = module.build(aside, stage.config, stage.parents)
-            _seal(aside, stage, key, metrics, time.monotonic() - started)
+            try:
+                metrics = module.build(aside, stage.config, stage.parents)
+                _seal(aside, stage, key, metrics, time.monotonic() - started)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise RunError(f"{error}: it was to go to {self.root} or to temporary files. {MAKE_ROOM}") from error
             final = self.root / key
             if final.exists():  # damaged, or no longer current
                 shutil.rmtree(final)
