@@ -130,16 +130,30 @@ def digest_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+@contextmanager
+def full_disk_said(place: Path) -> Iterator[None]:
+    """Turns what a full disk below `place` raises into a `RunError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f"{error}: it was to go to {place} or to temporary files. {MAKE_ROOM}") from error
+
+
 def write_json_atomically(path: Path, value: Any) -> None:
     """Writes aside, flushes to disk, renames into place: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w") as file:
+            json.dump(value, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)  # left over where the disk is full
 
 
 def flush_to_disk(path: Path) -> None:
@@ -261,13 +275,9 @@ class ArtifactStore:
                 shutil.rmtree(aside)
             aside.mkdir(parents=True, exist_ok=True)
             started = time.monotonic()
-            try:
+            with full_disk_said(self.root):
                 metrics = module.build(aside, stage.config, stage.parents)
                 _seal(aside, stage, key, metrics, time.monotonic() - started)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise RunError(f"{error}: it was to go to {self.root} or to temporary files. {MAKE_ROOM}") from error
             final = self.root / key
             if final.exists():  # damaged, or no longer current
                 shutil.rmtree(final)

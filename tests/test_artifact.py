@@ -247,3 +247,12 @@ def test_a_full_disk_is_one_sentence_and_what_was_made_before_stays(project: Pat
     with pytest.raises(RunError, match=r"No space left on device: .* Make room, or set artifacts_dir or TMPDIR"):
         store.make(toy(vocab_size=300))
     assert load_artifact(kept.path).digest == kept.digest
+
+
+def test_what_cannot_be_written_leaves_nothing_beside_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    artifact.write_json_atomically(path, {"a": 1})
+    with pytest.raises(TypeError):
+        artifact.write_json_atomically(path, {"b": object()})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["record.json"]
+    assert json.loads(path.read_text()) == {"a": 1}
