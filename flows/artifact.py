@@ -7,6 +7,7 @@ its parents, fingerprints of outside inputs, and the source of the code that mak
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import importlib
@@ -35,6 +36,7 @@ RECORDS_DIR = "logs"
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 OWN_PACKAGES = ("flows", "kernels")
 CARRIES_ON = "; it carries on from an interrupted run"
+MAKE_ROOM = "Make room, or set artifacts_dir or TMPDIR to another disk; the same command keeps all finished stages."
 RECORDED_LIBRARIES = (
     "torch",
     "deepspeed",
@@ -128,15 +130,29 @@ def digest_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+@contextmanager
+def full_disk_said(place: Path) -> Iterator[None]:
+    """Turns what a full disk below `place` raises into a `RunError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f"{error}: it was to go to {place} or to temporary files. {MAKE_ROOM}") from error
+
+
 def write_json_atomically(path: Path, value: Any) -> None:
     """Writes aside, flushes to disk, renames into place: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)  # left over where the disk is full
 
 
 def flush_to_disk(path: Path) -> None:
@@ -245,6 +261,7 @@ class ArtifactStore:
 
         Raises:
             ArtifactError: The code changed while it ran.
+            RunError: The disk is full.
         """
         key = self.key(stage)
         aside = self.workplace(stage)
@@ -257,8 +274,9 @@ class ArtifactStore:
                 shutil.rmtree(aside)
             aside.mkdir(parents=True, exist_ok=True)
             started = time.monotonic()
-            metrics = module.build(aside, stage.config, stage.parents)
-            _seal(aside, stage, key, metrics, time.monotonic() - started)
+            with full_disk_said(self.root):
+                metrics = module.build(aside, stage.config, stage.parents)
+                _seal(aside, stage, key, metrics, time.monotonic() - started)
             final = self.root / key
             if final.exists():  # damaged, or no longer current
                 shutil.rmtree(final)

@@ -14,12 +14,13 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_omega_conf_dumper  # --cfg job writes paths through it
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from flows.config import Config, ConfigError, RunError, from_plain
+from flows.config.json_form import unknown_settings
 from flows.config.reference import field_references, render_help
 from flows.launcher import EXIT_PREEMPTED, Preempted
 
@@ -90,32 +91,62 @@ def explain_error(error: BaseException) -> str:
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
         return f"{cause.full_key} is not a setting. {_nearest_settings(str(cause.full_key))}"
     if cause is not None:
-        rule = str(cause.msg if cause.msg else cause).split("\n")[0]
-        return f"{cause.full_key or 'configuration'}: {rule}. See --help for its type and meaning."
+        return _mistyped(str(cause.full_key or "configuration"), str(cause.msg if cause.msg else cause).split("\n")[0])
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice} does not exist. Choose one of: {', '.join(error.options)}."
     return str(error).strip()
 
 
+def _mistyped(name: str, rule: str) -> str:
+    if "not a ListConfig" in rule:
+        return f"{name} takes a list. Put its values in brackets, with commas between them: '{name}=[one,two]'."
+    group = name.replace(".", "/")
+    if "not a subclass of" in rule and (CONF_DIR / group).is_dir():
+        return f"{name} is a section of settings, not one value. Choose a ready one: {group}={_choices(group)}."
+    return f"{name}: {rule.rstrip('.')}. See --help for its type and meaning."
+
+
+def _unreadable(override: str) -> str:
+    name, sign, value = override.partition("=")
+    if not sign:
+        return f"{override} is not a setting with a value. Write name=value, e.g. train.max_steps=100; see --help."
+    return (
+        f"{name}={value} cannot be read. Close every bracket and quote; a value with spaces, commas, equals signs or "
+        f"letters beyond a to z needs quotes of its own inside those of the shell: '{name}=\"my text\"'."
+    )
+
+
+def _choices(group: str) -> str:
+    return "|".join(sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml")))
+
+
 def _nearest_settings(name: str) -> str:
     known = [reference.name for reference in field_references()]
     section, _, leaf = name.rpartition(".")
     prefix = f"{section}." if section else ""
-    if elsewhere := [other for other in known if other.endswith(f".{leaf}")]:
-        return f"Did you mean {min(elsewhere, key=lambda other: (not other.startswith(prefix), len(other)))}?"
+    if same := [other for other in known if other.startswith(prefix) and other.endswith(f".{leaf}")]:
+        return f"Did you mean {' or '.join(same[:3])}?"
+    if groups := [path.relative_to(CONF_DIR).as_posix() for path in CONF_DIR.rglob(leaf) if path.is_dir()]:
+        return f"Did you mean {groups[0]}={_choices(groups[0])}?"
     below = (other.removeprefix(prefix) for other in known if other.startswith(prefix))
     siblings = list(dict.fromkeys(other.partition(".")[0] for other in below))
     if close := difflib.get_close_matches(leaf, siblings, n=1):
         return f"Did you mean {prefix}{close[0]}?"
-    if siblings:
+    if section and siblings:
         return f"Settings there: {', '.join(siblings)}."
     close = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {close[0]}?" if close else "See --help for all settings."
 
 
 def _to_config(composed: DictConfig) -> Config:
-    return from_plain(Config, OmegaConf.to_container(composed, resolve=True))
+    plain = OmegaConf.to_container(composed, resolve=True)
+    config = from_plain(Config, plain)
+    for name in unknown_settings(plain, config):  # +name=value adds what nothing reads
+        raise ConfigError(f"{name} is not a setting. {_nearest_settings(name)}")
+    return config
 
 
 @cache

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from flows.config import Config, ConfigError
 from flows.config.checks import require
+from flows.config.data import corpus_section
 from flows.config.engine import Device, Precision
+from flows.config.json_form import spoken_at
 from flows.config.launcher import LauncherKind
 from flows.config.model import Architecture, Kernels
 from flows.config.serving import NO_CANDIDATE
@@ -21,8 +26,12 @@ from flows.training.trackers import check_trackers
 
 def check(config: Config) -> None:
     """Raises `ConfigError` for missing files, hardware and software that this run would need."""
-    for corpus in config.data.corpora.values():
-        check_sources(corpus)
+    _check_writable("artifacts_dir", config.artifacts_dir)
+    for name, corpus in config.data.corpora.items():
+        try:
+            check_sources(corpus)
+        except ConfigError as refusal:
+            raise spoken_at(refusal, corpus_section(name)) from None
     if config.data.tokenizer.directory is not None:
         check_tokenizer(config.data.tokenizer.directory, config.model.family)
     check_trackers(config.tracking)
@@ -36,12 +45,25 @@ def check(config: Config) -> None:
         _check_device(run)
     check_launcher(config.launcher)
     if config.publish.candidate != NO_CANDIDATE:
+        _check_writable("publish.model_repo", config.publish.model_repo)
         check_server_available()
     if config.export.encrypt_weights:
         try:
             read_key()
         except RuntimeError as error:
             raise ConfigError(f"export.encrypt_weights={config.export.encrypt_weights} needs a key: {error}") from error
+
+
+def _check_writable(field: str, directory: Path) -> None:
+    """Asks without making anything: of the directory, or of the nearest one above it that exists."""
+    place = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    require(
+        place.is_dir() and os.access(place, os.W_OK | os.X_OK),
+        field,
+        directory,
+        f"cannot be written to: {place} is {'read-only for this user' if place.is_dir() else 'not a directory'}",
+        f"Set {field} to a directory of your own.",
+    )
 
 
 def _check_weights(run: TrainingRun) -> None:

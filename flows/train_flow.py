@@ -17,7 +17,7 @@ from prefect.exceptions import Pause, TerminationSignal
 from prefect.runtime import deployment, flow_run
 from prefect.states import AwaitingRetry, Completed, Failed
 
-from flows.artifact import Artifact, ArtifactStore, Stage
+from flows.artifact import Artifact, ArtifactStore, Stage, full_disk_said
 from flows.chain import ChainResult, run_chain
 from flows.compose import compose_config
 from flows.config import Config, ConfigError, RunError, to_json
@@ -59,7 +59,7 @@ def train(overrides: Sequence[str] = (), config: Config | None = None) -> State[
         config = config or compose_config(overrides)
         check(config)
         treat_as_preemption(_asks_for_checkpoint)
-        with lead(config):
+        with lead(config), full_disk_said(config.artifacts_dir):
             result = _run_chain(config)
     except Preempted as stop:
         if deployment.id is not None:  # somebody is there to run it again

@@ -19,6 +19,7 @@ import pytest
 
 from flows import artifact
 from flows.artifact import ArtifactError, ArtifactStore, Stage, load_artifact, source_digests
+from flows.config import RunError
 from flows.config.data import TokenizerConfig
 from flows.run_record import explain_change
 
@@ -237,3 +238,21 @@ def test_no_import_and_no_function_of_a_stage_is_overlooked() -> None:
         assert {name for name in own if artifact._source_path(name).exists()} <= artifact.imported_modules(module)
         functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         assert functions <= artifact.defined_names(module)
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_made_before_stays(project: Path, store: ArtifactStore) -> None:
+    kept = store.make(toy())
+    rewrite(project / "flows" / "toy.py", "    return", '    Path("/dev/full").write_text("no room")\n    return')
+    importlib.reload(importlib.import_module("flows.toy"))
+    with pytest.raises(RunError, match=r"No space left on device: .* Make room, or set artifacts_dir or TMPDIR"):
+        store.make(toy(vocab_size=300))
+    assert load_artifact(kept.path).digest == kept.digest
+
+
+def test_what_cannot_be_written_leaves_nothing_beside_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    artifact.write_json_atomically(path, {"a": 1})
+    with pytest.raises(TypeError):
+        artifact.write_json_atomically(path, {"b": object()})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["record.json"]
+    assert json.loads(path.read_text()) == {"a": 1}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flows.config.checks import ConfigError, RunError, require
 from flows.config.compression import EvaluateConfig, GatingConfig, QualityConfig
-from flows.config.data import DataConfig, Format
+from flows.config.data import DataConfig, Format, corpus_section
 from flows.config.distillation import check_against_teacher
 from flows.config.engine import EngineConfig
 from flows.config.hardware import PlanConfig
@@ -130,13 +130,23 @@ class Config:
                 "know the tokens that they were trained on and no others, and data.tokenizer.directory is null",
                 f"Set data.tokenizer.directory={weights}, which must hold its tokenizer.json.",
             )
+        for name, corpus in self.data.corpora.items():
+            for field_name in ("validation_fraction", "test_fraction"):
+                require(
+                    getattr(corpus, field_name) > 0,
+                    f"{corpus_section(name)}.{field_name}",
+                    getattr(corpus, field_name),
+                    "leaves no text to measure on: models are compared on documents that they were not trained on",
+                    f"Set {corpus_section(name)}.{field_name}=0.03.",
+                )
+        fitting = [length for length in self.verify.lengths if length <= self.data.sequence_length] or [1]
         for length in self.verify.lengths:
             require(
                 length <= self.data.sequence_length,
                 "verify.lengths",
                 list(self.verify.lengths),
                 f"must not exceed data.sequence_length={self.data.sequence_length}",
-                "Set shorter verify.lengths.",
+                f"Set verify.lengths={fitting}.",
             )
         require(
             self.evaluate.latency.tokens <= self.data.sequence_length,
@@ -201,7 +211,7 @@ class Config:
         """The section that a step uses, with the step's own settings."""
         step = self.steps[name]
         section: DistillConfig | PruneConfig | QuantizeConfig = getattr(self, step.kind)
-        return with_settings(section, step.settings, f"steps.{name}.settings") if step.settings else section
+        return with_settings(section, step.settings, step.kind, f"steps.{name}.settings") if step.settings else section
 
     def shapes(self) -> dict[str, ModelConfig]:
         """Shape of each candidate, known before any of them is made."""

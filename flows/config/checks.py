@@ -36,7 +36,8 @@ def require_positive(section: str, values: object, fields: Sequence[str]) -> Non
     """Raises `ConfigError` for the first of `fields` that is not greater than zero."""
     for name in fields:
         value = getattr(values, name)
-        require(value > 0, f"{section}.{name}", value, "must be greater than 0", f"Set {section}.{name}=1 or more.")
+        remedy = f"Set {section}.{name}=1 or more." if isinstance(value, int) else f"Set {section}.{name} above 0."
+        require(value > 0, f"{section}.{name}", value, "must be greater than 0", remedy)
 
 
 def require_fraction(section: str, values: object, fields: Sequence[str]) -> None:

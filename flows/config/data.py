@@ -22,6 +22,11 @@ def corpus_role(name: str) -> str:
     return "corpus" if name == MAIN else f"corpus_{name}"
 
 
+def corpus_section(name: str) -> str:
+    """Where the user sets a corpus, for messages."""
+    return "data.corpus" if name == MAIN else f"data.mixture.{name}.corpus"
+
+
 def corpus_name(role: str) -> str:
     """The name of the corpus that is called `role` among a stage's inputs."""
     return MAIN if role == "corpus" else role.removeprefix("corpus_")

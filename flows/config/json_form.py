@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 from flows.config.checks import ConfigError
 
 Section = TypeVar("Section")
+HOMES = {
+    r"distill\.train": "train",
+    r"distill\.student": "model",
+    r"data\.mixture\.[^.]+\.corpus": "data.corpus",
+}
+"""Places that hold a section of another one's kind, as patterns, and the name by which its own checks speak of it."""
 
 
 def to_plain(section: Any) -> Any:
@@ -44,13 +51,17 @@ def from_json(section_type: type[Section], text: str) -> Section:
         ConfigError: A field is unknown.
     """
     section = TypeAdapter(section_type).validate_json(text)
-    for name in _unknown(json.loads(text), to_plain(section), ""):
+    for name in unknown_settings(json.loads(text), section):
         raise ConfigError(f"{name} is not a field of {section_type.__name__}. Remove it.")
     return section
 
 
+def unknown_settings(given: Any, section: Any) -> list[str]:
+    """Dotted names among plain values that the section made of them does not have: nothing reads them."""
+    return list(_unknown(given, to_plain(section), ""))
+
+
 def _unknown(given: Any, known: Any, path: str) -> Iterator[str]:
-    """Dotted names that were given and that nothing reads."""
     if isinstance(given, dict) and isinstance(known, dict):
         for name, value in given.items():
             if name not in known:
@@ -62,8 +73,13 @@ def _unknown(given: Any, known: Any, path: str) -> Iterator[str]:
             yield from _unknown(value, other, f"{path}{number}.")
 
 
-def from_plain(section_type: type[Section], plain: Any) -> Section:
+def from_plain(section_type: type[Section], plain: Any, place: str = "") -> Section:
     """The section of plain values, e.g. as composed; every check runs.
+
+    Args:
+        section_type: What is made.
+        plain: Its values, nested by name.
+        place: Where the section stands in the configuration, for messages; empty = it is the whole.
 
     Raises:
         ConfigError: A type, a value or a combination is wrong; the message names field, value, rule, remedy.
@@ -72,26 +88,49 @@ def from_plain(section_type: type[Section], plain: Any) -> Section:
         return TypeAdapter(section_type).validate_python(plain)
     except ValidationError as error:
         first = error.errors()[0]
+        field = ".".join(str(part) for part in (place, *first["loc"]) if part)
         if isinstance(refusal := first.get("ctx", {}).get("error"), ConfigError):
-            raise refusal from None
-        field = ".".join(str(part) for part in first["loc"])
+            raise spoken_at(refusal, field) from None
+        if first["type"] == "unexpected_keyword_argument":
+            raise ConfigError(f"{field} is not a setting. Leave it out, or see --help for those that are.") from None
         raise ConfigError(f"{field}={first['input']}: {first['msg']}. See --help for its type and meaning.") from None
 
 
-def with_settings(section: Section, settings: Mapping[str, Any], place: str) -> Section:
+def spoken_at(refusal: ConfigError, place: str) -> ConfigError:
+    """The refusal with fields named as the user types them, where a section stands in another place than usual.
+
+    Args:
+        refusal: What a check of the section has said; it knows the usual place only.
+        place: Where the section stands.
+    """
+    for pattern, home in HOMES.items():
+        if there := re.match(pattern, place):
+            return ConfigError(_renamed(str(refusal), home, there[0]))
+    return refusal
+
+
+def _renamed(message: str, section: str, place: str) -> str:
+    return re.sub(rf"(?<![\w.]){re.escape(section)}\.(?=[a-z])", f"{place}.", message)
+
+
+def with_settings(section: Section, settings: Mapping[str, Any], home: str, place: str) -> Section:
     """The section with some of its settings replaced; every check runs again.
 
     Args:
         section: What is changed.
         settings: Nested by name, e.g. {"train": {"max_steps": 200}}.
-        place: Where the settings stand in the configuration, for messages.
+        home: Where the section stands in the configuration.
+        place: Where the settings stand there, for messages.
 
     Raises:
         ConfigError: A setting is unknown, or its value is wrong.
     """
     plain = to_plain(section)
     _replace(plain, settings, place)
-    return from_plain(type(section), plain)
+    try:
+        return from_plain(type(section), plain, home)
+    except ConfigError as refusal:
+        raise ConfigError(_renamed(str(refusal), home, place)) from None
 
 
 def _replace(plain: dict[str, Any], settings: Mapping[str, Any], place: str) -> None:

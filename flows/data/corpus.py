@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sqlite3
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from flows.data.cleaning import Dropped, usable_text
 
 NAMED_PER_REASON = 5
 """Dropped documents that the metrics name, for each reason."""
+logger = logging.getLogger(__name__)
 
 
 def fingerprint(config: CorpusConfig) -> str:
@@ -58,6 +60,9 @@ def build(directory: Path, config: CorpusConfig, parents: Mapping[str, Artifact]
     if read_documents == dropped.total():
         raise ConfigError(_nothing_usable(config, read_documents, dropped))
     writer.finish()
+    if dropped:
+        left_out = f"{dropped.total():,} of {read_documents:,} documents are left out"
+        logger.warning("%s: %s", left_out, _counted(dropped))
     return {
         "read": {"documents": read_documents, "bytes": read_bytes},
         "splits": writer.sizes,
@@ -66,12 +71,16 @@ def build(directory: Path, config: CorpusConfig, parents: Mapping[str, Artifact]
 
 
 def _nothing_usable(config: CorpusConfig, read_documents: int, dropped: Counter[Dropped]) -> str:
-    reasons = ", ".join(f"{count} {reason.value}" for reason, count in dropped.most_common())
+    fields = " and ".join(f"data.corpus.{name}={getattr(config, name)}" for name in config.field_settings)
     return (
         f"data.corpus.source={config.source} gives no usable document: {read_documents} read "
-        f"({reasons or 'nothing there'}). Check what data.corpus.paths or dataset points at, data.corpus.text_field "
-        "and data.corpus.min_document_bytes."
+        f"({_counted(dropped) or 'nothing there'}). Check what data.corpus.paths or dataset points at, {fields} where "
+        f"there are fields, and data.corpus.min_document_bytes={config.min_document_bytes}."
     )
+
+
+def _counted(dropped: Counter[Dropped]) -> str:
+    return ", ".join(f"{count:,} {reason.value}" for reason, count in dropped.most_common())
 
 
 class _SeenTexts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -32,6 +33,7 @@ INDEX = "index.json"
 EncodeBatch = Callable[[Tokenizer, list[str], int, np.dtype[Any], int], "EncodedBatch"]
 """(tokenizer, texts, their bytes, dtype of the ids, id that closes a text) -> the encoded texts."""
 PARALLELISM = "TOKENIZERS_PARALLELISM"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,14 @@ def _encode_corpus(
             f"{config.max_conversation_tokens} tokens",
             "Set a longer data.sequence_length, or look at the roles of the messages.",
         )
+        if train["cut"] or train["unanswered"]:
+            logger.warning(
+                "of %s conversations to train on %s are cut at %s tokens, and %s more are left out: no answer begins "
+                "before that. data.sequence_length says where it is",
+                *(f"{number:,}" for number in (train["documents"] + train["unanswered"], train["cut"])),
+                config.max_conversation_tokens,
+                f"{train['unanswered']:,}",
+            )
     return {
         split: {name: value for name, value in entry.items() if name != "shards"} for split, entry in splits.items()
     }

@@ -85,8 +85,8 @@ class SplitWriter:
             raise ConfigError(
                 f"data.corpus.validation_fraction={self._config.validation_fraction} with "
                 f"test_fraction={self._config.test_fraction} needs at least {len(self._wanted)} usable documents, one "
-                f"for each split; there are {len(self._held)}. Give more documents, cut a long text file into several "
-                "by setting data.corpus.max_document_bytes, or set a fraction to 0."
+                f"for each split; there are {len(self._held)}, once equal ones are counted as one. Give more "
+                "documents, or cut a long text file at its line ends by setting data.corpus.max_document_bytes."
             )
         chosen = [split_by_name(name, self._config) for name, _ in self._held]
         for split in self._wanted:

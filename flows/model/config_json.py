@@ -205,4 +205,5 @@ def _refuse_other_architectures(path: Path, found: dict[str, Any]) -> None:
 
 
 def _unsupported(path: Path, field: str, value: object, expected: object) -> str:
-    return f"{path} has {field}={value}, and our decoder computes {field}={expected} only. Use such a model."
+    rule = f"{path} has {field}={value}, and our decoder computes {field}={expected} only"
+    return f"{rule}. Use such a model; model.architecture=transformers takes others as they are."

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from flows.config import RunError, from_json
+from flows.config import ConfigError, RunError, from_json
 from flows.config.engine import Device
 from flows.launcher import EXIT_PREEMPTED, Heartbeat, follow_parent, note_preemption, save_on_sigterm, speak_error
 from flows.training.job import TrainingJob
@@ -40,7 +40,7 @@ def main(run_path: Path) -> int:
         print(stop, flush=True)
         note_preemption(job.log_dir)
         return EXIT_PREEMPTED
-    except RunError as error:
+    except (RunError, ConfigError) as error:
         _give_up(job, str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

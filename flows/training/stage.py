@@ -19,6 +19,7 @@ from flows.config.hardware import PlanConfig
 from flows.config.launcher import LauncherConfig
 from flows.config.tracking import TrackingConfig
 from flows.config.training import TrainingRun
+from flows.data.mixture import open_split
 from flows.data.tokenizer import copy_tokenizer
 from flows.launcher import RankError, launch_ranks
 from flows.training.hardware import this_machine
@@ -75,6 +76,7 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
             `cache` of the teacher where it is read, `validation` tokens where the others were written by the teacher.
 
     Raises:
+        ConfigError: A split is too short for one sequence.
         RankError: A rank failed, died or hung.
         Preempted: The ranks were asked to stop, and have saved.
         OutOfMemoryError: The kernel ended a rank for lack of memory.
@@ -82,6 +84,7 @@ def build(directory: Path, config: TrainingRun, parents: Mapping[str, Artifact])
     teacher, cache, validation = parents.get("teacher"), parents.get("cache"), parents.get("validation")
     start = teacher if config.student_layers else parents.get("start")
     _check_origins(config, parents)
+    _check_splits(config, parents)
     hardware = this_machine(config.engine.device)
     job = TrainingJob(
         run=config,
@@ -128,6 +131,13 @@ def _check_origins(config: TrainingRun, parents: Mapping[str, Artifact]) -> None
             require_same_tokenizer(parents[role].path, parents["tokenizer"].path, role)
     if config.cache_top_k:
         require_cache_of(parents["cache"], parents["teacher"], parents["tokens"], parents["tokenizer"])
+
+
+def _check_splits(config: TrainingRun, parents: Mapping[str, Artifact]) -> None:
+    """Opens the test split, too: what cannot be measured is not trained first."""
+    held_out = parents.get("validation", parents["tokens"])
+    for split, tokens in {"train": parents["tokens"], "validation": held_out, "test": held_out}.items():
+        open_split(tokens.path, split, config.sequence_length, config.document_masks, config.mixture)
 
 
 def _plan(job: TrainingJob) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flows.artifact import Artifact, ArtifactStore, Stage
 from flows.config import ConfigError
-from flows.config.data import CorpusConfig, Source
+from flows.config.data import CorpusConfig, Format, Source
 from flows.data import splits
 from flows.data.splits import SPLITS, SplitWriter, read_documents_of, split_by_name
 
@@ -69,6 +69,21 @@ def test_only_the_first_names_of_a_reason_are_kept(tmp_path: Path, write_json_li
     path = write_json_lines([{"text": "same"}] * 100)
     duplicates = make(tmp_path, whole(path)).metrics["dropped"]["duplicate"]
     assert duplicates == {"documents": 99, "first": [f"raw.jsonl#{line}" for line in range(2, 7)]}
+
+
+def test_what_is_left_out_is_said_while_it_happens(
+    tmp_path: Path, write_json_lines: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, whole(write_json_lines([{"text": "same"}] * 100 + [{"txet": "other"}])))
+    assert caplog.messages == ["100 of 101 documents are left out: 99 duplicate, 1 missing field"]
+
+
+def test_conversations_without_their_field_are_told_its_name(
+    tmp_path: Path, write_json_lines: Callable[..., Path]
+) -> None:
+    config = whole(write_json_lines([{"text": "a"}]), format=Format.messages)
+    with pytest.raises(ConfigError, match=r"1 read \(1 missing field\)\. .* data.corpus.messages_field=messages"):
+        make(tmp_path, config)
 
 
 def test_nothing_usable_is_an_error_that_counts(tmp_path: Path, write_files: Callable[..., Path]) -> None:
