@@ -27,6 +27,8 @@ from typing import Any
 from flows.config import Config
 from flows.config.serving import LOOPBACK, ServeConfig
 from flows.serving.installation import check_server_available
+from flows.serving.ports import chosen_port
+from flows.serving.public_endpoint.api_keys import read_keys
 from flows.serving.releases.drift import DriftWatch
 from flows.serving.releases.served_view import Pool, ServedView
 from flows.serving.releases.watch import RepositoryWatcher, check_published
@@ -48,6 +50,7 @@ def serve(config: Config) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     check_published(config.publish.model_repo)
+    _check_public(config.serve)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -58,6 +61,15 @@ def serve(config: Config) -> None:
         serve_until = _serve_replicas if config.serve.replicas else _serve_alone
         serve_until(config, directory, stop, running)
         logger.info("Stopping; requests in flight have %s s to end.", config.serve.exit_timeout_s)
+
+
+def _check_public(options: ServeConfig) -> None:
+    """Says what is wrong with keys and ports before models are loaded, which may take long."""
+    if options.api_keys_path is not None:
+        read_keys(options.api_keys_path)
+    chosen_port("drift_port", options.drift_port, options.server_host)
+    if options.openai_port is not None:
+        chosen_port("openai_port", options.openai_port, options.host)
 
 
 def _serve_alone(config: Config, directory: Path, stop: threading.Event, running: ExitStack) -> None:
@@ -112,7 +124,6 @@ def _serve_alone(config: Config, directory: Path, stop: threading.Event, running
 
 def _serve_replicas(config: Config, directory: Path, stop: threading.Event, running: ExitStack) -> None:
     from flows.launcher import free_port
-    from flows.serving.public_endpoint.openai_api import read_keys
     from flows.serving.public_endpoint.openai_server import OpenAIServer  # imports a web framework
     from flows.serving.replicas.service import ReplicatedServer
 

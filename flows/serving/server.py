@@ -23,12 +23,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from flows.config import ConfigError
 from flows.config.serving import TracingConfig
 from flows.launcher import stop_sessions
 from flows.serving.endpoint import ADMIN_HEADER, Endpoint
 from flows.serving.hidden_argument import hide_argument
 from flows.serving.installation import Installation, ServerError, prepare_installation
+from flows.serving.ports import port_error
 
 logger = logging.getLogger(__name__)
 
@@ -301,10 +301,7 @@ def _choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
                 listener.bind((host, port))
                 listener.listen()  # a bound port counts as taken only once somebody listens
             except OSError as error:
-                raise ConfigError(
-                    f"serve.{name}={port} cannot be bound on {host}: {error.strerror}. Stop what uses it, or set "
-                    f"serve.{name}=0 for any free port."
-                ) from error
+                raise port_error(name, port, host, error) from error
             chosen[name] = listener.getsockname()[1]
     finally:
         for listener in sockets:

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from tritonclient.utils import InferenceServerException
 
-from flows.config import ConfigError
+from flows.serving.ports import port_error
 from flows.serving.probe import BUSY
 from flows.serving.proof.recorded_samples import RECORDED, scores_drift, text_drift
 from flows.serving.releases.state import live_versions
@@ -69,10 +69,7 @@ class DriftWatch:
         try:
             self._endpoint, _ = start_http_server(port, host, registry)
         except OSError as error:
-            raise ConfigError(
-                f"serve.drift_port={port} cannot be bound on {host}: {error.strerror}. Stop what uses it, or set "
-                "serve.drift_port=0 for any free port."
-            ) from error
+            raise port_error("drift_port", port, host, error) from error
         registry.register(self)
         self.address = f"{f'[{host}]' if ':' in host else host}:{self._endpoint.server_port}"
         """`host:port` of the metrics."""
