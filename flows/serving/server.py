@@ -46,6 +46,8 @@ CLOSED = "model-repository,shared-memory,trace,logging"
 LAST_LINES = 12
 LOG_LINE = r"(?m)^[IWEF]\d{4} "
 """Beginning of the server's own lines, the first of which comes after it has read its arguments."""
+NOT_A_CAUSE = r"CudaDriverHelper|NVML"
+"""What the server says at every start without a GPU."""
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
 
@@ -312,6 +314,7 @@ def _choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
 def _last_lines(log_path: Path) -> str:
     lines = log_path.read_text(errors="replace").strip().splitlines() if log_path.exists() else []
     told = [line for line in lines if re.match(r"[EF]\d{4} |error:|\w*(Error|Exception)\b", line)]
+    told = [line for line in told if not re.search(NOT_A_CAUSE, line)]
     return "\n".join(f"  | {line}" for line in (told or lines)[-LAST_LINES:])
 
 

@@ -133,14 +133,15 @@ class DriftWatch:
             wait_s = min(SECOND_LOOK_S, self._interval_s) if is_off else self._interval_s
 
     def _recorded(self, name: str, version: int) -> Mapping[str, Any] | None:
-        passport = json.loads((self._repository / name / str(version) / PASSPORT).read_text())
+        path = self._repository / name / str(version) / PASSPORT
+        passport = json.loads(path.read_text()) if path.is_file() else {}
         if RECORDED not in passport and (name, version) not in self._told:
             self._told.add((name, version))
             logger.warning(
-                "%s version %s was published before passports held samples: its drift is not watched. Publish it "
-                "again.",
+                "%s version %s has %s: its drift is not watched. Publish it again.",
                 name,
                 version,
+                "a passport from before they held samples" if passport else "no passport, so that nothing proves it",
             )
         recorded: Mapping[str, Any] | None = passport.get(RECORDED)
         return recorded
