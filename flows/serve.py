@@ -49,7 +49,9 @@ def serve(config: Config) -> None:
         ServerError: No server or proxy is installed, a model cannot be loaded, or the server ended.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # the public endpoint's client tells of every request
     check_published(config.publish.model_repo)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not outlive the fork of another server
     _check_public(config.serve)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

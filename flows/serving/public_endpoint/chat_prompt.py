@@ -51,14 +51,13 @@ class ChatPrompt:
                 if token in message["content"]:
                     raise ControlTokenError(f"messages[{number}].content spells the control token {token}")
         text = self._template.render(messages=messages, add_generation_prompt=True, eos_token=self._end, bos_token="")
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return _token_ids(self._tokenizer, text)
 
     async def count(self, prompt: str | Sequence[int]) -> int:
         """How many tokens a text has; a long one is counted beside the requests of others."""
         if not isinstance(prompt, str):
             return len(prompt)
-        return len(await asyncio.to_thread(lambda: self._as_text.encode(prompt, add_special_tokens=False).ids))
+        return len(await asyncio.to_thread(_token_ids, self._as_text, prompt))
 
     def room_before(self, max_tokens: int) -> int:
         """Tokens that the model reads before so many new ones, of which it does not read the last."""
@@ -75,3 +74,9 @@ class ChatPrompt:
     def spelling(self, token: int) -> str:
         """Text of one token."""
         return self.decode([token])
+
+
+def _token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of a text; other threads run meanwhile, which `encode` does not let them."""
+    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return ids

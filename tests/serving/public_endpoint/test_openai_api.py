@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +128,21 @@ def test_a_chat_is_read_whole_or_refused(client: openai.OpenAI, repository: Path
     assert answer.choices[0].message.content == whole.choices[0].text
     with pytest.raises(openai.BadRequestError, match=rf"The messages have {len(ids)} tokens; with max_tokens=30"):
         client.chat.completions.create(model=NAME, messages=messages, max_tokens=EXPORT.max_new_tokens)
+
+
+def test_others_are_answered_while_a_long_chat_is_read(repository: Path) -> None:
+    chat, times, is_read = ChatPrompt(repository / f"{NAME}_text" / "1"), [time.monotonic()], threading.Event()
+
+    def tick() -> None:
+        while not is_read.wait(0.001):
+            times.append(time.monotonic())
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(tick)
+        chat.encode([{"role": "user", "content": "def f(x): " * 100_000}])
+        times.append(time.monotonic())
+        is_read.set()
+    assert max(b - a for a, b in pairwise(times)) < 0.9 * (times[-1] - times[0])
 
 
 def test_null_is_as_good_as_left_out(client: openai.OpenAI) -> None:
