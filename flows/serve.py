@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import signal
+import ssl
 import sys
 import tempfile
 import threading
@@ -24,7 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from flows.config import Config
+from flows.config import Config, ConfigError
 from flows.config.serving import LOOPBACK, ServeConfig
 from flows.serving.installation import check_server_available
 from flows.serving.ports import chosen_port
@@ -52,7 +53,7 @@ def serve(config: Config) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # the public endpoint's client tells of every request
     check_published(config.publish.model_repo)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not outlive the fork of another server
-    _check_public(config.serve)
+    check_public(config.serve)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -65,10 +66,20 @@ def serve(config: Config) -> None:
         logger.info("Stopping; requests in flight have %s s to end.", config.serve.exit_timeout_s)
 
 
-def _check_public(options: ServeConfig) -> None:
-    """Says what is wrong with keys and ports before models are loaded, which may take long."""
+def check_public(options: ServeConfig) -> None:
+    """Raises `ConfigError` over keys, certificate or ports that cannot be used, before models are loaded."""
     if options.api_keys_path is not None:
         read_keys(options.api_keys_path)
+    if options.tls_certificate_path is not None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+                options.tls_certificate_path, password=""
+            )
+        except OSError as error:  # ssl.SSLError too
+            raise ConfigError(
+                f"serve.tls_certificate_path={options.tls_certificate_path} cannot be used: {error.strerror or error}. "
+                "Give a PEM file with the certificate and its key, without a passphrase: cat cert.pem key.pem > both.pem."
+            ) from error
     chosen_port("drift_port", options.drift_port, options.server_host)
     if options.openai_port is not None:
         chosen_port("openai_port", options.openai_port, options.host)
