@@ -78,7 +78,7 @@ def check_public(options: ServeConfig) -> None:
         except OSError as error:  # ssl.SSLError too
             raise ConfigError(
                 f"serve.tls_certificate_path={options.tls_certificate_path} cannot be used: {error.strerror or error}. "
-                "Give a PEM file with the certificate and its key, without a passphrase: cat cert.pem key.pem > both.pem."
+                "Give a PEM file with the certificate and its key, unencrypted: cat cert.pem key.pem > both.pem."
             ) from error
     chosen_port("drift_port", options.drift_port, options.server_host)
     if options.openai_port is not None:
