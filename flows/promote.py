@@ -127,8 +127,11 @@ def _publish(repository: Path, run: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         config = PublishConfig(model_name=name, model_repo=repository, live=False)
         done = publish.build(Path(scratch), config, parents)
-    print(f"{name} version {done['version']} " + ("is published." if done["is_new"] else "was published before."))
-    _tell(name, read_aliases(repository, name))
+    version, after = done["version"], read_aliases(repository, name)
+    print(f"{name} version {version} " + ("is published." if done["is_new"] else "was published before."))
+    _tell(name, after)
+    if version not in (after.live, after.candidate):  # taken back, or replaced
+        print(f"It is neither live nor the candidate: python -m flows.promote promote {name} --version {version}.")
 
 
 def _verify(repository: Path, model_name: str, version: int | None, artifacts: Path) -> int:

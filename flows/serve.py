@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import signal
+import ssl
 import sys
 import tempfile
 import threading
@@ -24,9 +25,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from flows.config import Config
+from flows.config import Config, ConfigError
 from flows.config.serving import LOOPBACK, ServeConfig
 from flows.serving.installation import check_server_available
+from flows.serving.ports import chosen_port
+from flows.serving.public_endpoint.api_keys import read_keys
 from flows.serving.releases.drift import DriftWatch
 from flows.serving.releases.served_view import Pool, ServedView
 from flows.serving.releases.watch import RepositoryWatcher, check_published
@@ -47,7 +50,10 @@ def serve(config: Config) -> None:
         ServerError: No server or proxy is installed, a model cannot be loaded, or the server ended.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # the public endpoint's client tells of every request
     check_published(config.publish.model_repo)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not outlive the fork of another server
+    check_public(config.serve)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -58,6 +64,25 @@ def serve(config: Config) -> None:
         serve_until = _serve_replicas if config.serve.replicas else _serve_alone
         serve_until(config, directory, stop, running)
         logger.info("Stopping; requests in flight have %s s to end.", config.serve.exit_timeout_s)
+
+
+def check_public(options: ServeConfig) -> None:
+    """Raises `ConfigError` over keys, certificate or ports that cannot be used, before models are loaded."""
+    if options.api_keys_path is not None:
+        read_keys(options.api_keys_path)
+    if options.tls_certificate_path is not None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+                options.tls_certificate_path, password=""
+            )
+        except OSError as error:  # ssl.SSLError too
+            raise ConfigError(
+                f"serve.tls_certificate_path={options.tls_certificate_path} cannot be used: {error.strerror or error}. "
+                "Give a PEM file with the certificate and its key, unencrypted: cat cert.pem key.pem > both.pem."
+            ) from error
+    chosen_port("drift_port", options.drift_port, options.server_host)
+    if options.openai_port is not None:
+        chosen_port("openai_port", options.openai_port, options.host)
 
 
 def _serve_alone(config: Config, directory: Path, stop: threading.Event, running: ExitStack) -> None:
@@ -112,7 +137,6 @@ def _serve_alone(config: Config, directory: Path, stop: threading.Event, running
 
 def _serve_replicas(config: Config, directory: Path, stop: threading.Event, running: ExitStack) -> None:
     from flows.launcher import free_port
-    from flows.serving.public_endpoint.openai_api import read_keys
     from flows.serving.public_endpoint.openai_server import OpenAIServer  # imports a web framework
     from flows.serving.replicas.service import ReplicatedServer
 

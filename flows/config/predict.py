@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flows.config.checks import require, require_address, require_positive
 
+MAX_SEED = 2**62
 FORMATS = (".jsonl", ".parquet")
 
 
@@ -52,6 +53,13 @@ class PredictConfig:
         for name in ("version", "temperature", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"predict.{name}", value, "must not be negative", f"Set predict.{name}=0.")
+        require(
+            self.seed < MAX_SEED,
+            "predict.seed",
+            self.seed,
+            f"must be below {MAX_SEED}: the row's number is added, and 63 bits are there",
+            "Set predict.seed=0.",
+        )
         require(
             0 < self.top_p <= 1, "predict.top_p", self.top_p, "must be above 0 and at most 1", "Set predict.top_p=1."
         )

@@ -278,6 +278,13 @@ class ServeConfig:
             "is reachable from other machines, and serve.api_keys_path is null: anybody could use the models",
             "Set serve.api_keys_path=keys.txt, or serve.host=127.0.0.1.",
         )
+        require(
+            guarded or self.api_keys_path is None,
+            "serve.api_keys_path",
+            self.api_keys_path,
+            "would be asked for by nobody: the server's own ports know no keys",
+            "Set serve.openai_port=8080 for the guarded endpoint, or serve.replicas=1 or more.",
+        )
         taken = [port for port in ports if port]
         require(
             len(set(taken)) == len(taken),

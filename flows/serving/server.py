@@ -23,12 +23,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from flows.config import ConfigError
 from flows.config.serving import TracingConfig
 from flows.launcher import stop_sessions
 from flows.serving.endpoint import ADMIN_HEADER, Endpoint
 from flows.serving.hidden_argument import hide_argument
 from flows.serving.installation import Installation, ServerError, prepare_installation
+from flows.serving.ports import port_error
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ CLOSED = "model-repository,shared-memory,trace,logging"
 LAST_LINES = 12
 LOG_LINE = r"(?m)^[IWEF]\d{4} "
 """Beginning of the server's own lines, the first of which comes after it has read its arguments."""
+NOT_A_CAUSE = r"CudaDriverHelper|NVML"
+"""What the server says at every start without a GPU."""
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
 
@@ -301,10 +303,7 @@ def _choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
                 listener.bind((host, port))
                 listener.listen()  # a bound port counts as taken only once somebody listens
             except OSError as error:
-                raise ConfigError(
-                    f"serve.{name}={port} cannot be bound on {host}: {error.strerror}. Stop what uses it, or set "
-                    f"serve.{name}=0 for any free port."
-                ) from error
+                raise port_error(name, port, host, error) from error
             chosen[name] = listener.getsockname()[1]
     finally:
         for listener in sockets:
@@ -315,6 +314,7 @@ def _choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
 def _last_lines(log_path: Path) -> str:
     lines = log_path.read_text(errors="replace").strip().splitlines() if log_path.exists() else []
     told = [line for line in lines if re.match(r"[EF]\d{4} |error:|\w*(Error|Exception)\b", line)]
+    told = [line for line in told if not re.search(NOT_A_CAUSE, line)]
     return "\n".join(f"  | {line}" for line in (told or lines)[-LAST_LINES:])
 
 

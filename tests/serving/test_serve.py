@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,9 @@ import numpy as np
 import pytest
 
 from flows.artifact import Artifact
+from flows.config import ConfigError
+from flows.config.serving import ServeConfig
+from flows.serve import check_public
 from flows.serving.client import Client, Transport
 from flows.serving.releases.state import record_published
 from flows.serving.repository import lock_repository, model_names
@@ -179,3 +183,28 @@ def test_empty_repository_names_the_remedy(tmp_path: Path, made: bool) -> None:
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     assert outcome.returncode != 0
     assert "holds no published model. Make one with: python -m flows.train" in outcome.stderr
+
+
+@pytest.mark.parametrize("content", [None, "", "-----BEGIN CERTIFICATE-----\nno\n-----END CERTIFICATE-----\n"])
+def test_a_certificate_that_cannot_be_used_is_said_before_anything_starts(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "cert.pem"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(
+        ConfigError, match=r"serve.tls_certificate_path=.* cannot be used: .* with the certificate and its key"
+    ):
+        check_public(ServeConfig(replicas=1, drift_port=0, tls_certificate_path=path))
+
+
+def test_ports_and_addresses_are_looked_at_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"serve.openai_port={port} cannot be bound on 127.0.0.1.*openai_port=0"):
+            check_public(ServeConfig(drift_port=0, openai_port=port))
+    elsewhere = ServeConfig(drift_port=0, host="192.0.2.1", accept_unguarded_ports=True)  # of documentation (RFC 5737)
+    with pytest.raises(ConfigError, match=r"serve.host=192.0.2.1 cannot be used for serve.drift_port: .*0\.0\.0\.0"):
+        check_public(elsewhere)
+    with pytest.raises(ConfigError, match=r"serve.api_keys_path=.* does not exist"):
+        check_public(ServeConfig(drift_port=0, openai_port=0, api_keys_path=tmp_path / "none.txt"))

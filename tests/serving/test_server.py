@@ -164,3 +164,10 @@ with InferenceServer(repository, sys.argv[2:], repository.with_name("server.log"
     left_over.write_bytes(b"as after SIGKILL of the server, too")
     with InferenceServer(tmp_path / "repo", [NAME], tmp_path / "second.log"):
         assert own_leftovers(owner.pid) == []
+
+
+def test_what_is_said_at_every_start_is_no_cause(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    noise = 'E1124 00:23:23.392571 28209 server.cc:241] "CudaDriverHelper has not been initialized."\n'
+    log.write_text(f"{noise}Error: Failed to initialize NVML\nerror: creating server: Internal - no model\n")
+    assert server._last_lines(log) == "  | error: creating server: Internal - no model"

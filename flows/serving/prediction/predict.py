@@ -124,7 +124,7 @@ def _paths(config: PredictConfig) -> tuple[Path, Path]:
 def _take_up(parts_dir: Path, state: dict[str, Any]) -> int:
     """Version that an interrupted run began with; 0 = there is none to go on with."""
     path = parts_dir / STATE
-    if not path.exists():
+    if not path.exists() or not [*parts_dir.glob("part-*")]:
         return 0
     before = json.loads(path.read_text())
     for name in ("input_sha256", "model", "passport"):

@@ -89,6 +89,9 @@ def _jsonl_parts(path: Path, field: str, new_columns: Sequence[str], rows: int) 
                 if isinstance(row, dict):
                     _check_columns(path, row, None, new_columns)
             texts: Texts = [row if isinstance(row, RunError) else _text(row.get(field), field) for row in objects]
+            known = [row for row in objects if isinstance(row, dict)]
+            if part == 0 and known and not any(field in row for row in known):
+                _check_columns(path, known[0], field, new_columns)
             shown = [{} if isinstance(row, RunError) else row for row in objects]
             yield Part(part, part * rows, texts, _jsonl_writer(shown))
 
@@ -112,7 +115,9 @@ def _jsonl_writer(rows: Sequence[Mapping[str, Any]]) -> Callable[..., None]:
         with aside.open("w", encoding="utf-8") as file:
             for index, row in enumerate(rows):
                 answer = {name: values[index] for name, values in columns.items()}
-                file.write(json.dumps({**row, **answer}, ensure_ascii=False) + "\n")
+                whole = {**row, **answer}
+                line = json.dumps(whole, ensure_ascii=False)
+                file.write((line if _is_whole(line) else json.dumps(whole)) + "\n")
         _rename(aside, path)
 
     return write
@@ -122,6 +127,9 @@ def _parquet_parts(path: Path, field: str, new_columns: Sequence[str], rows: int
     file = _open_parquet(path)
     names = file.schema_arrow.names
     _check_columns(path, names, field, new_columns)
+    kind = file.schema_arrow.field(field).type
+    if not _holds_text(kind):
+        raise ConfigError(f"predict.field={field} of {path} holds {kind}, not texts. Set another one, or convert it.")
     for part, batch in enumerate(file.iter_batches(batch_size=rows)):
         texts = [_text(value, field) for value in batch.column(field).to_pylist()]
         yield Part(part, part * rows, texts, _parquet_writer(pa.Table.from_batches([batch])))
@@ -156,9 +164,19 @@ def _check_columns(path: Path, names: Any, field: str | None, new_columns: Seque
         )
 
 
+def _holds_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(is_it(kind) for is_it in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def _is_whole(text: str) -> bool:
+    """Whether it can be encoded: no half of a character, which JSON can spell."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _text(value: object, field: str) -> str | RunError:
     if isinstance(value, str):
-        return value
+        return value if _is_whole(value) else RunError(f"{field} holds half of a character (a lone surrogate)")
     return RunError(f"{field} is missing" if value is None else f"{field} is no text: {type(value).__name__}")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import tritonclient.utils  # has no types
 
-from flows.config import RunError
+from flows.config import ConfigError, RunError
 from flows.config.predict import PredictConfig
 from flows.serving.client import Client, Completion, Transport
 
@@ -121,9 +121,10 @@ class ServerTeam:
         try:
             return client.generate(self._model, row.text, version=self._version, options=options)
         except tritonclient.utils.InferenceServerException as error:
-            if "INVALID_ARGUMENT" in str(error.status()):
-                return RunError(str(error.message()))
-            if "UNAVAILABLE" in str(error.status()) and _is_ready(client, self._model, self._version):
+            said = str(error.message())  # of a stream's errors the client knows no status
+            if ": it must " in said:
+                raise ConfigError(f"predict.{said}. Set it so.") from error  # all rows share the settings
+            if "wait already" in said:
                 return None
             raise
 

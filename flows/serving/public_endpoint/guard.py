@@ -30,12 +30,14 @@ TIMEOUT = httpx.Timeout(120.0, connect=10.0)
 DRAINED = 8
 """A body is read to its end, and thrown away, up to so many times the longest one; then its sender is cut off."""
 BODY_TIMEOUT_S = 60.0
+JSON_TYPE = b"application/json"
+NO_JSON = "Content-Type must be application/json: curl -H 'Content-Type: application/json'."
 DOWN = "The inference server does not answer. Try again later."
 CLOSED = "There is nothing here, or it is closed."
 
 
 class BodyGuard:
-    """Answers 413 to a body that is too long, 415 to one that is compressed, 400 to one that is no proper JSON.
+    """Answers 413 to a body that is too long, 415 to one that is compressed or not called JSON, 400 to none.
 
     Args:
         app: What answers the others.
@@ -64,6 +66,10 @@ class BodyGuard:
             return
         try:
             if scope["method"] == "POST" and scope["path"].startswith("/v1"):
+                # what a page of another site may send unasked is of other kinds
+                if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != JSON_TYPE:
+                    await _refuse(scope, 415, NO_JSON)(scope, receive, send)
+                    return
                 read_json(body)
         except RefusedError as error:
             await _refuse(scope, 400, f"{error}.")(scope, receive, send)

@@ -6,9 +6,9 @@ Requests become requests to the text model over gRPC; a client that hangs up can
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
-import stat
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -24,7 +24,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from grpc.aio import AioRpcError
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from flows.config.checks import require
 from flows.serving.client import BROKEN, as_arrays, as_values, given_text
 from flows.serving.public_endpoint.chat_prompt import ChatPrompt, ControlTokenError
 from flows.serving.public_endpoint.openai_answers import (
@@ -45,20 +44,6 @@ STATUS_BY_MESSAGE = {"wait already": 429, "timeout_ms has passed": 504, "is not 
 
 STATUS_BY_CODE = {"StatusCode.UNAVAILABLE": 503, "StatusCode.INTERNAL": 503, "StatusCode.CANCELLED": 503}
 """Of what the text model does not word itself: the server is gone, or a part of it."""
-
-
-def read_keys(path: Path) -> list[str]:
-    """The keys of a file, one a line.
-
-    Raises:
-        ConfigError: Others may read the file, or it holds no key.
-    """
-    require(path.is_file(), "serve.api_keys_path", path, "does not exist", "Write one key a line into it.")
-    mode = stat.S_IMODE(path.stat().st_mode)
-    require(mode & 0o077 == 0, "serve.api_keys_path", path, f"has mode {mode:o}: others may read it", "chmod 600 it.")
-    keys = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    require(bool(keys), "serve.api_keys_path", path, "holds no key", "Write one key a line into it.")
-    return keys
 
 
 def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> FastAPI:
@@ -96,7 +81,8 @@ def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> F
     async def refuse_body(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"][1:])
-        return JSONResponse(_error(f"{place}: {first['msg']}", 400, place), 400)
+        said = first["msg"].removeprefix("Value error, ")
+        return JSONResponse(_error(f"{place}: {said}" if place else said, 400, place or None), 400)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -111,6 +97,8 @@ def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> F
     async def completions(request: CompletionRequest) -> Any:
         chat = chat_of(request.model)
         form = Form("cmpl", "text_completion", "text_completion", text_choice)
+        for prompt in request.prompts:
+            _check_length("prompt has", await chat.count(prompt), request.max_tokens, chat)
         inputs = [
             {
                 **given_text(prompt),  # first: the proxy finds the replica by it
@@ -126,10 +114,13 @@ def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> F
     async def chat_completions(request: ChatRequest) -> Any:
         chat = chat_of(request.model)
         try:
-            ids = chat.encode([{"role": message.role, "content": message.text} for message in request.messages])
+            messages = [{"role": message.role, "content": message.text} for message in request.messages]
+            ids = await asyncio.to_thread(chat.encode, messages)  # a long one beside the requests of others
         except ControlTokenError as error:
             raise HTTPException(400, f"{error}. Leave it out.") from error
-        most = request.max_completion_tokens or request.max_tokens or chat.max_new_tokens
+        given = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+        most = chat.room_behind(len(ids)) if given is None else given
+        _check_length("messages have", len(ids), most, chat)
         form = Form("chatcmpl", "chat.completion", "chat.completion.chunk", chat_choice)
         stops = [*request.stop, *chat.stops]
         inputs = [{"input_ids": ids, **_options(request, stops, most, number)} for number in range(request.n)]
@@ -142,6 +133,16 @@ def make_app(grpc_address: str, repository: Path, keys: Sequence[str] = ()) -> F
         return embedding_list(await _whole(grpc_address, request.model, inputs), request)
 
     return app
+
+
+def _check_length(what: str, tokens: int, max_tokens: int, chat: ChatPrompt) -> None:
+    """Refuses what the text model would cut off at its beginning; it refuses by itself too many new tokens."""
+    if max_tokens <= chat.max_new_tokens and tokens > (most := chat.room_before(max_tokens)):
+        raise HTTPException(
+            400,
+            f"The {what} {tokens} tokens; with max_tokens={max_tokens}, the model reads {most} at most. Shorten "
+            "what it has to read, or ask for fewer tokens.",
+        )
 
 
 def _options(request: Request, stops: Sequence[str], max_tokens: int, number: int) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
 from flows.export.shipped.given_text import MOST_ALTERNATIVES
 
@@ -12,12 +13,39 @@ MAX_CHOICES = 128
 """Texts of one request: prompts times `n`."""
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63 - MAX_CHOICES)]
-Texts = str | list[str] | list[Int64] | list[list[Int64]]
+
+
+def _one_rule(rule: str) -> WrapValidator:
+    """What is said in place of one sentence for each form that something might have had."""
+
+    def check(value: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            raise ValueError(rule) from error
+
+    return WrapValidator(check)
+
+
+def _nothing(value: Any) -> None:
+    if value:
+        raise ValueError("is not offered here. Leave it out")
+
+
+Texts = Annotated[
+    str | list[str] | list[Int64] | list[list[Int64]], _one_rule("must be a text, its tokens, or a list of either")
+]
 """A text, its tokens, or several of either."""
+Nothing = Annotated[None, BeforeValidator(_nothing)]
+"""Of what cannot be done: null, or empty."""
 
 
 def _as_list(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def _as_role(value: Any) -> Any:
+    return "system" if value == "developer" else value  # its newer name
 
 
 def _as_texts(given: Texts) -> list[str] | list[list[int]]:
@@ -29,17 +57,26 @@ def _as_texts(given: Texts) -> list[str] | list[list[int]]:
     return given  # type: ignore[return-value]
 
 
-class StreamOptions(BaseModel):
-    """How a stream ends."""
+class Body(BaseModel):
+    """Part of a request: what is not known is refused, null is as good as left out."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+class StreamOptions(Body):
+    """How a stream ends."""
+
     include_usage: bool = False
 
 
-class Request(BaseModel):
+class Request(Body):
     """What completions of texts and of chats have in common."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str
     temperature: float = 1.0
     top_p: float = 1.0
@@ -50,7 +87,7 @@ class Request(BaseModel):
     seed: Int64 | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
-    logit_bias: None = None
+    logit_bias: Nothing = None
     user: str | None = None
     """Ignored, like `metadata` and `store`."""
     metadata: dict[str, str] | None = None
@@ -80,12 +117,12 @@ class CompletionRequest(Request):
     echo: bool = False
     """The text begins with the prompt; with `logprobs`, its tokens have theirs, and `max_tokens=0` scores it alone."""
     best_of: Literal[1] | None = None
-    suffix: None = None
+    suffix: Nothing = None
 
     @model_validator(mode="after")
     def _not_too_many(self) -> Self:
-        if len(self.prompts) * self.n > MAX_CHOICES:
-            raise ValueError(f"prompts times n must not exceed {MAX_CHOICES}")
+        if not 0 < len(self.prompts) * self.n <= MAX_CHOICES:
+            raise ValueError(f"prompts times n must lie between 1 and {MAX_CHOICES}")
         if self.echo and self.stream:
             raise ValueError("echo cannot be had as a stream; ask for the whole")
         return self
@@ -106,14 +143,13 @@ class CompletionRequest(Request):
         return self.logprobs or 0
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(Body):
     """POST /v1/embeddings."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str
     input: Texts
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: None = None
+    dimensions: Nothing = None
     user: str | None = None
     """Ignored."""
 
@@ -136,13 +172,12 @@ class TextPart(BaseModel):
     text: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Body):
     """One turn."""
 
-    model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str | list[TextPart]
-    name: None = None
+    role: Annotated[Literal["system", "user", "assistant", "tool"], BeforeValidator(_as_role)]
+    content: Annotated[str | list[TextPart], _one_rule("must be a text, or a list of parts of type text")]
+    name: Nothing = None
 
     @property
     def text(self) -> str:
@@ -159,8 +194,8 @@ class ChatRequest(Request):
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_ALTERNATIVES)
     response_format: dict[Literal["type"], Literal["text"]] | None = None
-    tools: None = None
-    tool_choice: None = None
+    tools: Nothing = None
+    tool_choice: Literal["none"] | None = None
 
     @model_validator(mode="after")
     def _alternatives_of_something(self) -> Self:

@@ -9,10 +9,12 @@ from typing import Self
 
 import uvicorn
 
-from flows.config import ConfigError, RunError
+from flows.config import RunError
 from flows.config.serving import ServeConfig
+from flows.serving.ports import port_error
+from flows.serving.public_endpoint.api_keys import read_keys
 from flows.serving.public_endpoint.guard import BodyGuard, add_guarded_routes
-from flows.serving.public_endpoint.openai_api import make_app, read_keys
+from flows.serving.public_endpoint.openai_api import make_app
 
 STARTUP_TIMEOUT_S = 30.0
 
@@ -53,7 +55,7 @@ class OpenAIServer:
             self._socket.bind((host, port))
         except OSError as error:
             self._socket.close()
-            raise ConfigError(f"serve.openai_port={port} cannot be used: {error}. Set another one.") from error
+            raise port_error("openai_port", port, host, error) from error
         app = make_app(grpc_address, repository, keys)
         if http_address:
             add_guarded_routes(app, http_address)

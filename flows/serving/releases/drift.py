@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from tritonclient.utils import InferenceServerException
 
-from flows.config import ConfigError
+from flows.serving.ports import port_error
 from flows.serving.probe import BUSY
 from flows.serving.proof.recorded_samples import RECORDED, scores_drift, text_drift
 from flows.serving.releases.state import live_versions
@@ -69,10 +69,7 @@ class DriftWatch:
         try:
             self._endpoint, _ = start_http_server(port, host, registry)
         except OSError as error:
-            raise ConfigError(
-                f"serve.drift_port={port} cannot be bound on {host}: {error.strerror}. Stop what uses it, or set "
-                "serve.drift_port=0 for any free port."
-            ) from error
+            raise port_error("drift_port", port, host, error) from error
         registry.register(self)
         self.address = f"{f'[{host}]' if ':' in host else host}:{self._endpoint.server_port}"
         """`host:port` of the metrics."""
@@ -136,14 +133,15 @@ class DriftWatch:
             wait_s = min(SECOND_LOOK_S, self._interval_s) if is_off else self._interval_s
 
     def _recorded(self, name: str, version: int) -> Mapping[str, Any] | None:
-        passport = json.loads((self._repository / name / str(version) / PASSPORT).read_text())
+        path = self._repository / name / str(version) / PASSPORT
+        passport = json.loads(path.read_text()) if path.is_file() else {}
         if RECORDED not in passport and (name, version) not in self._told:
             self._told.add((name, version))
             logger.warning(
-                "%s version %s was published before passports held samples: its drift is not watched. Publish it "
-                "again.",
+                "%s version %s has %s: its drift is not watched. Publish it again.",
                 name,
                 version,
+                "a passport from before they held samples" if passport else "no passport, so that nothing proves it",
             )
         recorded: Mapping[str, Any] | None = passport.get(RECORDED)
         return recorded

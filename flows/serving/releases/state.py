@@ -49,16 +49,19 @@ def read_history(repository: Path, model_name: str) -> list[dict[str, Any]]:
     """All changes, oldest first; none for a model that was published without a history.
 
     Raises:
-        ReleaseError: A line of the history is not JSON.
+        ReleaseError: A line of the history is not JSON, or says nothing of aliases.
     """
     try:
         lines = (repository / model_name / HISTORY).read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        history: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        for event in history:
+            Aliases(**{name: event[name] for name in asdict(Aliases(None))})
+        return history
     except FileNotFoundError:
         return []
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         path = repository / model_name / HISTORY
-        raise ReleaseError(f"{path} has a line that is not JSON: {error}. Mend or remove that line.") from error
+        raise ReleaseError(f"{path} has a line that is no change: {error!r}. Mend or remove that line.") from error
 
 
 def read_aliases(repository: Path, model_name: str) -> Aliases:
@@ -147,12 +150,15 @@ def record(
     path = repository / model_name / HISTORY
     before = path.read_bytes() if path.exists() else b""
     aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as file:
-        file.write(before + json.dumps(event).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    flush_to_disk(path.parent)
+    try:
+        with aside.open("wb") as file:
+            file.write(before + json.dumps(event).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        flush_to_disk(path.parent)
+    except OSError as error:
+        raise ReleaseError(f"{path} cannot be written: {error.strerror}. Nothing was changed; try again.") from error
 
 
 def files_on_disk(repository: Path, model_name: str, version: int) -> dict[str, dict[str, str]]:

@@ -8,20 +8,27 @@ from pathlib import Path
 from flows.config import ConfigError
 from flows.serving.installation import ServerError
 from flows.serving.releases.served_view import ServedView
-from flows.serving.releases.state import read_aliases
-from flows.serving.repository import lock_repository, published_names
+from flows.serving.releases.state import live_versions, read_aliases
+from flows.serving.repository import complete_versions, lock_repository, published_names
 from flows.serving.server import InferenceServer
 
 logger = logging.getLogger(__name__)
 
 
 def check_published(repository: Path) -> None:
-    """Raises `ConfigError` if a repository holds no published model."""
+    """Raises `ConfigError` if a repository holds no published model, or lacks a version that is live."""
     if not published_names(repository):
         raise ConfigError(
             f"publish.model_repo={repository} holds no published model. Make one with: python -m flows.train "
             "+experiment=quickstart"
         )
+    for name, version in live_versions(repository).items():
+        if version not in (there := complete_versions(repository, name)):
+            raise ConfigError(
+                f"publish.model_repo={repository} lacks version {version} of {name}, which is live, or half of it; it "
+                f"has {there}. Put it back, or serve another one: python -m flows.promote promote {name} --version "
+                f"{there[-1]} --repository {repository}."
+            )
 
 
 class RepositoryWatcher:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from flows.config import ConfigError
-from flows.launcher import free_port, stop_sessions
+from flows.launcher import stop_sessions
 from flows.serving.installation import ServerError
 from flows.serving.releases.served_view import Pool
 from flows.serving.replicas.proxy_config import CANDIDATE, DRAWS, ProxySettings, backend_name, render
@@ -185,25 +185,6 @@ class Proxy:
                 return
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(0.02)
-
-
-def chosen_port(field: str, port: int, host: str) -> int:
-    """The port itself, or a free one for 0.
-
-    Raises:
-        ConfigError: Somebody listens on it.
-    """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen()
-        except OSError as error:
-            raise ConfigError(
-                f"serve.{field}={port} cannot be bound on {host}: {error.strerror}. Stop what uses it, or set "
-                f"serve.{field}=0 for any free port."
-            ) from error
-        return port or free_port(host)
 
 
 def _places(name: str) -> list[str]:

@@ -12,11 +12,12 @@ from typing import Self
 from flows.config.serving import ServeConfig
 from flows.launcher import free_port
 from flows.serving.installation import ServerError, check_server_available
+from flows.serving.ports import chosen_port
 from flows.serving.releases.canary import WHO, CanaryWatch
 from flows.serving.releases.promotion import abort
 from flows.serving.releases.served_view import Pool, ServedView
 from flows.serving.releases.state import ReleaseError, read_aliases
-from flows.serving.replicas.proxy import Proxy, check_proxy_available, chosen_port
+from flows.serving.replicas.proxy import Proxy, check_proxy_available
 from flows.serving.replicas.proxy_config import CANDIDATE, ProxySettings
 from flows.serving.replicas.replica import Replica
 from flows.serving.repository import lock_repository, published_names

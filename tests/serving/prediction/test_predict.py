@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +82,46 @@ def test_rows_that_cannot_be_answered_keep_their_place_and_say_why(server: Infer
         b"[1]",
         b'{"text": "\xff"}',
         b'{"text": ""}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "a", "other": "\\ud800"}',
     ]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     config = PredictConfig(input=tmp_path / "in.jsonl", output=tmp_path / "out.jsonl", **SHORT)
-    assert predict(config, TEXT, [server.grpc_address]).errors == 5
-    errors = [row["completion_error"] for row in read_rows(tmp_path / "out.jsonl")]
-    assert errors[0] is errors[6] is None
+    assert predict(config, TEXT, [server.grpc_address]).errors == 6
+    rows = read_rows(tmp_path / "out.jsonl")
+    errors = [row["completion_error"] for row in rows]
+    assert errors[0] is errors[6] is errors[8] is None
+    assert errors[7] == "text holds half of a character (a lone surrogate)"
+    assert rows[8]["other"] == "\ud800"
     reasons = ["line 2 of in.jsonl is not JSON", "text is no text: int", "text is missing", "line 6", "line 7"]
     assert all(found.startswith(reason) for found, reason in zip(errors[1:6], reasons, strict=True))
 
 
-def test_what_the_server_refuses_is_an_error_of_the_row(server: InferenceServer, tmp_path: Path) -> None:
+def test_a_setting_that_the_model_refuses_ends_the_run_before_a_row_is_spent(
+    server: InferenceServer, tmp_path: Path
+) -> None:
     source = write_rows(tmp_path / "in.jsonl", [{"text": "a"}])
     config = PredictConfig(input=source, output=tmp_path / "out.jsonl", max_tokens=10_000)
-    assert predict(config, TEXT, [server.grpc_address]).errors == 1
-    (row,) = read_rows(tmp_path / "out.jsonl")
-    assert row["completion"] is None
-    assert "max_tokens is 10000: it must lie between" in row["completion_error"]
+    with pytest.raises(ConfigError, match=r"predict.max_tokens is 10000: it must lie between 0 and 30. Set it so"):
+        predict(config, TEXT, [server.grpc_address])
+    assert predict(replace(config, max_tokens=2), TEXT, [server.grpc_address]).errors == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("in.jsonl", {"prompt": "a"}, r"predict.field=text is no column of .*\['prompt'\]"),
+        ("in.parquet", {"prompt": "a"}, r"predict.field=text is no column of .*\['prompt'\]"),
+        ("in.parquet", {"text": 3}, r"predict.field=text of .* holds int64, not texts"),
+    ],
+)
+def test_a_column_without_texts_is_said_before_anything_is_written(
+    tmp_path: Path, name: str, row: dict[str, Any], message: str
+) -> None:
+    source = write_rows(tmp_path / name, [row, row])
+    with pytest.raises(ConfigError, match=message):
+        predict(PredictConfig(input=source, output=tmp_path / f"out-{name}"), TEXT, [])
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 class Interrupted(Exception):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +101,55 @@ def test_tokens_are_a_prompt_too(client: openai.OpenAI, chain: Chain) -> None:
 
 
 def test_a_chat_is_read_as_in_training(client: openai.OpenAI, repository: Path, server: InferenceServer) -> None:
-    messages: Any = [{"role": "system", "content": "self"}, {"role": "user", "content": "def?"}]
+    messages: Any = [{"role": "user", "content": "def?"}]
     answer = client.chat.completions.create(model=NAME, messages=messages, max_tokens=8, temperature=0)
     version = repository / f"{NAME}_text" / "1"
     assert (version / "chat_template.jinja").read_text() == CHAT_TEMPLATE
     chat = ChatPrompt(version)
-    text = "<|im_start|>system\nself<|im_end|>\n<|im_start|>user\ndef?<|im_end|>\n<|im_start|>assistant\n"
+    text = "<|im_start|>user\ndef?<|im_end|>\n<|im_start|>assistant\n"
     ids = chat.encode(messages)
     assert "".join(map(chat.spelling, ids)) == text
     expected = client.completions.create(model=NAME, prompt=ids, max_tokens=8, temperature=0, stop=chat.stops)
     assert answer.choices[0].message.content == expected.choices[0].text
     streamed = client.chat.completions.create(model=NAME, messages=messages, max_tokens=8, temperature=0, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected.choices[0].text
+
+
+def test_a_chat_is_read_whole_or_refused(client: openai.OpenAI, repository: Path) -> None:
+    messages: Any = [{"role": "developer", "content": "a"}, {"role": "user", "content": "b"}]
+    chat = ChatPrompt(repository / f"{NAME}_text" / "1")
+    ids = chat.encode([{**messages[0], "role": "system"}, messages[1]])
+    answer = client.chat.completions.create(model=NAME, messages=messages, temperature=0)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(ids)
+    assert answer.usage.total_tokens <= SEQUENCE_LENGTH + 1, "the last new token is not read"
+    new = answer.usage.completion_tokens
+    whole = client.completions.create(model=NAME, prompt=ids, max_tokens=new, temperature=0, stop=chat.stops)
+    assert answer.choices[0].message.content == whole.choices[0].text
+    with pytest.raises(openai.BadRequestError, match=rf"The messages have {len(ids)} tokens; with max_tokens=30"):
+        client.chat.completions.create(model=NAME, messages=messages, max_tokens=EXPORT.max_new_tokens)
+
+
+def test_others_are_answered_while_a_long_chat_is_read(repository: Path) -> None:
+    chat, times, is_read = ChatPrompt(repository / f"{NAME}_text" / "1"), [time.monotonic()], threading.Event()
+
+    def tick() -> None:
+        while not is_read.wait(0.001):
+            times.append(time.monotonic())
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(tick)
+        chat.encode([{"role": "user", "content": "def f(x): " * 100_000}])
+        times.append(time.monotonic())
+        is_read.set()
+    assert max(b - a for a, b in pairwise(times)) < 0.9 * (times[-1] - times[0])
+
+
+def test_null_is_as_good_as_left_out(client: openai.OpenAI) -> None:
+    asked: Any = {"model": NAME, "prompt": "def", "temperature": 0}
+    names = ["max_tokens", "top_p", "n", "stop", "stream", "stream_options", "seed", "logprobs", "echo", "best_of"]
+    nulls = client.completions.create(**asked, **dict.fromkeys(names), suffix="", logit_bias={})  # type: ignore[call-overload]
+    assert nulls.choices[0].text == client.completions.create(**asked).choices[0].text
 
 
 @pytest.mark.parametrize(
@@ -122,6 +162,13 @@ def test_a_chat_is_read_as_in_training(client: openai.OpenAI, repository: Path, 
         ({"extra_body": {"tempratur": 1}}, "tempratur: Extra inputs are not permitted"),
         ({"prompt": [99999]}, "input_ids must lie between 0 and 279"),
         ({"n": 0}, "n: Input should be greater than or equal to 1"),
+        ({"logit_bias": {"5": 1}}, "- logit_bias: is not offered here. Leave it out"),
+        ({"prompt": []}, "- prompts times n must lie between 1 and 128"),
+        ({"prompt": ["def", 5]}, "- prompt: must be a text, its tokens, or a list of either"),
+        (
+            {"prompt": "x" * 60, "max_tokens": 3},
+            "The prompt has 60 tokens; with max_tokens=3, the model reads 30 at most",
+        ),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -232,7 +279,7 @@ def test_embeddings_are_those_of_the_text_model(client: openai.OpenAI, server: I
     [
         ({"input": []}, "input must hold 1 to 128 texts"),
         ({"input": ["x"] * 129}, "input must hold 1 to 128 texts"),
-        ({"dimensions": 8}, "dimensions: Input should be None"),
+        ({"dimensions": 8}, "dimensions: is not offered here. Leave it out"),
         ({"input": "x" * 40}, "the text has 40 tokens: prompt_log_probabilities and embedding are of whole texts"),
     ],
 )
@@ -292,10 +339,18 @@ def test_many_ask_at_once(address: str) -> None:
 
 def test_keys_that_others_may_read_are_refused(tmp_path: Path) -> None:
     keys = tmp_path / "keys.txt"
-    for content, mode, message in (("k\n", 0o644, "has mode 644: others may read it"), ("\n", 0o600, "holds no key")):
-        keys.write_text(content)
+    for content, mode, message in (
+        (b"k\n", 0o644, "has mode 644: others may read it"),
+        (b"\n", 0o600, "holds no key"),
+        (b"\xff\xfe\n", 0o600, "holds a key that no header can carry"),
+    ):
+        keys.write_bytes(content)
         keys.chmod(mode)
         with pytest.raises(ConfigError, match=message):
             OpenAIServer("127.0.0.1:1", tmp_path, "127.0.0.1", 0, keys)
+    with pytest.raises(
+        ConfigError, match=r"serve.api_keys_path=.* would be asked for by nobody.*serve.openai_port=8080"
+    ):
+        ServeConfig(api_keys_path=keys)
     with pytest.raises(ConfigError, match=r"serve.host=0.0.0.0 is reachable from other machines, .*api_keys_path"):
         ServeConfig(host="0.0.0.0", openai_port=8080)

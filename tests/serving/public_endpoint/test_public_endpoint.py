@@ -102,7 +102,10 @@ def test_long_compressed_and_broken_bodies_are_refused(address: str, server: Inf
         code, told = ask(address, path, b'{"model": "tiny", "prompt": "\\ud800"}')
         assert (code, "lone surrogate" in told) == (400, True)
     too_many = {"model": NAME, "prompt": ["x"] * 100, "n": 2}
-    assert "prompts times n must not exceed 128" in ask(address, "/v1/completions", json.dumps(too_many).encode())[1]
+    told = ask(address, "/v1/completions", json.dumps(too_many).encode())[1]
+    assert "prompts times n must lie between 1 and 128" in told
+    code, told = ask(address, "/v1/completions", b'{"model": "tiny"}', **{"Content-Type": "text/plain"})
+    assert (code, "Content-Type must be application/json" in told) == (415, True)
     server.check_running()
 
 

@@ -109,7 +109,11 @@ def test_a_version_without_samples_is_not_called_right(live_repository: Path, ca
     place.write_text(json.dumps(passport))
     with DriftWatch(live_repository, lambda: {"a": "127.0.0.1:1"}, "127.0.0.1", 0, 60.0) as watch:
         assert [isnan(ratio) for ratio in watch.look().values()] == [True, True]
-    assert "was published before passports held samples: its drift is not watched. Publish it again." in caplog.text
+        place.unlink()
+        watch._told.clear()
+        assert [isnan(ratio) for ratio in watch.look().values()] == [True, True]
+    assert "has a passport from before they held samples: its drift is not watched. Publish it again." in caplog.text
+    assert "has no passport, so that nothing proves it: its drift is not watched. Publish it again." in caplog.text
 
 
 @pytest.mark.exhaustive

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from flows import promote as command
+from flows.config import ConfigError
 from flows.serving.releases import promotion
 from flows.serving.releases.state import (
+    HISTORY,
     Aliases,
     ReleaseError,
     check_proven,
@@ -22,6 +25,7 @@ from flows.serving.releases.state import (
     read_history,
     record_published,
 )
+from flows.serving.releases.watch import check_published
 from flows.serving.repository import PASSPORT, VERSION_CONFIG
 from tests.serving.made_up_repository import NAME, add_version
 
@@ -184,6 +188,23 @@ def test_mistakes_are_answered_without_a_traceback(
     assert told.startswith("error: ")
     assert re.search(message, told), told
     assert read_history(repository, NAME) == before
+
+
+@pytest.mark.parametrize("line", ["half a li", "7", "{}"])
+def test_a_line_of_the_history_that_is_no_change_is_named(
+    repository: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (repository / NAME / HISTORY).open("a") as file:
+        file.write(f"{line}\n")
+    assert command.main(["list", "--repository", str(repository)]) == 2
+    assert re.search(rf"{HISTORY} has a line that is no change: .* Mend or remove", capsys.readouterr().err)
+
+
+def test_a_live_version_that_is_not_there_is_named(repository: Path) -> None:
+    check_published(repository)
+    shutil.rmtree(repository / f"{NAME}_text" / "2")
+    with pytest.raises(ConfigError, match=r"lacks version 2 of made_up, .* has \[1, 3\]\. .*--version 3 --repository"):
+        check_published(repository)
 
 
 def test_verify_asks_for_the_whole_proof_of_the_candidate(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
