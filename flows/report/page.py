@@ -115,12 +115,13 @@ def _series(config: Config) -> dict[str, int]:
 
 def candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, Markup]:
     """Quality against each cost, by the cost's name; candidates whose loss is no number are left out."""
-    rows = [row for row in metrics["gates"]["candidates"] if math.isfinite(row["bits_per_byte"])]
-    series = _series(config)
-    baselines = {
-        "unigram": metrics["baselines"]["unigram_bits_per_byte"],
-        "xz -9": metrics["baselines"]["xz_bits_per_byte"],
-    }
+    known, series = metrics["baselines"], _series(config)
+    if "frequencies_loss" in known:
+        quality, y_label, baselines = "loss", "loss, nats per text", {"label frequencies": known["frequencies_loss"]}
+    else:
+        quality, y_label = "bits_per_byte", "bits per byte"
+        baselines = {"unigram": known["unigram_bits_per_byte"], "xz -9": known["xz_bits_per_byte"]}
+    rows = [row for row in metrics["gates"]["candidates"] if math.isfinite(row[quality])]
 
     def against(measure: str, divisor: float, x_label: str) -> Markup:
         points = [
@@ -128,7 +129,7 @@ def candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, M
                 gid=f"{measure}-{row['name']}",
                 label=row["name"],
                 x=row[measure] / divisor,
-                y=row["bits_per_byte"],
+                y=row[quality],
                 series=series[row["name"]],
                 quantized=row["kind"] == StepKind.quantize,
                 passed=row["passed"],
@@ -138,7 +139,7 @@ def candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, M
             )
             for row in rows
         ]
-        return plane(points, x_label, "bits per byte", baselines, f"front-{measure}", *FIGURE_SIZE)
+        return plane(points, x_label, y_label, baselines, f"front-{measure}", *FIGURE_SIZE)
 
     return {
         "size": against("program_bytes", 1e6, "program size, MB"),
