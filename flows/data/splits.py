@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,7 +25,8 @@ COLUMNS = {Format.text: TEXT, Format.labelled: LABELLED}
 
 def read_documents_of(directory: Path, split: str) -> Iterator[tuple[str, str]]:
     """Iterates over (name, text) of a split of a corpus artifact; a conversation's text is what its messages say."""
-    text = {TEXT: str, MESSAGES: plain_text, LABELLED: text_of}[stored_kind(directory)]
+    readers: dict[str, Callable[[str], str]] = {TEXT: str, MESSAGES: plain_text, LABELLED: text_of}
+    text = readers[stored_kind(directory)]
     for name, content in read_stored(directory, split):
         yield name, text(content)
 

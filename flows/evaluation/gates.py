@@ -33,10 +33,9 @@ class Row:
     loss: float
     """Nats per test token, or per text where labels are told apart."""
     bits_per_byte: float | None
-    """None where labels are told apart, as is `macro_f1` where tokens are predicted."""
+    """None where labels are told apart."""
     perplexity: float
     accuracy: float
-    macro_f1: float | None
     parameters: int
     program_bytes: int
     p50_ms: float
@@ -52,6 +51,8 @@ class Row:
     cpu_s_per_1000_tokens: float
     tasks: Mapping[str, float]
     """Results of the evaluation harness by task and measure."""
+    macro_f1: float | None = None
+    """Where labels are told apart."""
     weight_bits: int | None = None
     """Of a quantized candidate."""
     loss_ratio: float | None = None

@@ -107,7 +107,7 @@ class MaskedModel(TransformersModel):
 
 
 class ClassifierModel(TransformersModel):
-    """Token ids to scores of every label, from the first token's hidden state in encoders, from the last in decoders."""
+    """Token ids to scores of every label, from the hidden state of the first token (encoders) or the last (decoders)."""
 
     family = Family.sequence_classification
 

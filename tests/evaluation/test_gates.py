@@ -268,7 +268,7 @@ def test_stage_reads_the_artifacts_of_every_candidate(tmp_path: Path):
     latency = {}
     for name, speed in {"base": 10.0, "base_int8": 6.0}.items():
         quality = {"loss": 2.0, "bits_per_byte": 2.5, "perplexity": 7.4, "accuracy": 0.5, "word_accuracy": None}
-        quality |= {"agreement": 1.0, "divergence": 0.0, "tasks": {"choice acc": 0.25}, "faults": []}
+        quality |= {"macro_f1": None, "agreement": 1.0, "divergence": 0.0, "tasks": {"choice acc": 0.25}, "faults": []}
         parents[f"quality:{name}"] = measured(quality)
         parents[f"program:{name}"] = measured({"parameters": 5, "program_bytes": 16_000_000 if name == "base" else 10})
         latency[name] = {"p50_ms": speed, "p95_ms": 2 * speed, "throughput": {"tokens_per_s": 3.0}}
