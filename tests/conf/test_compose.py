@@ -229,11 +229,30 @@ ENCODER = [
     "steps=none",
     "publish.candidate=none",
 ]
+CLASSIFIER = ["+experiment=classify"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ([*CLASSIFIER, "publish.candidate=auto"], "publish.candidate=auto cannot be combined with model.family=seq"),
+        ([*CLASSIFIER, "steps=int8"], r"steps=\['base_int8'\] cannot be combined with model.architecture=transformers"),
+        ([*CLASSIFIER, "model.family=masked_lm"], "needs a model to start from, and model.initial_weights is null"),
+        (
+            [*CLASSIFIER, "data.corpus.format=text", "data.corpus.labels=[]"],
+            r"data.corpus.format=text cannot be combined with .* Set data.corpus.format=labelled",
+        ),
+        (["data.corpus.format=labelled"], "data.corpus.format=labelled cannot be combined with model.family=causal_lm"),
+        (["data.corpus.labels=[a,b]"], r"data.corpus.labels=\['a', 'b'\] are not read with data.corpus.format=text"),
+        ([*CLASSIFIER, "data.corpus.labels=[xml]"], r"data.corpus.labels=\['xml'\] must be two or more"),
+        (
+            [*CLASSIFIER, "+data.mixture.more={corpus: {source: stdlib}}"],
+            "data.corpus.format=labelled cannot be combined with data.mixture",
+        ),
+        (
+            [*CLASSIFIER, "train.lora.rank=4", "model.initial_weights=x", "data.tokenizer.directory=x"],
+            r"train.lora.replaced=\[\] leaves the head, which is new, as it was drawn",
+        ),
         (
             ["train/optimizer=muon", "engine=zero3"],
             "train.optimizer.name=muon cannot be combined with engine.zero_stage=3",
