@@ -107,7 +107,7 @@ class MaskedModel(TransformersModel):
 
 
 class ClassifierModel(TransformersModel):
-    """Token ids to scores of every label, from the hidden state of the first token in encoders, the last in decoders."""
+    """Token ids to scores of every label, from what encoders make of the first token, decoders of the last."""
 
     family = Family.sequence_classification
 

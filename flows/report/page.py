@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from flows.artifact import Artifact
 from flows.config import Config, to_plain
+from flows.config.model import Family
 from flows.config.quantize import QuantizeConfig
 from flows.config.steps import StepKind
 from flows.config.training import Objective, TrainingRun
@@ -191,8 +192,9 @@ def _training_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, M
                 lines.append(Curve(f"{kind}-{name}", steps, values, series[name], marked))
         return curves(lines, "step", y_label, *size, from_zero="validation_loss" not in kinds)
 
+    unit = "text" if config.model.family == Family.sequence_classification else "token"
     return {
-        "loss": over_steps({"train_loss": False, "validation_loss": True}, "loss, nats per token", WIDE_FIGURE_SIZE),
+        "loss": over_steps({"train_loss": False, "validation_loss": True}, f"loss, nats per {unit}", WIDE_FIGURE_SIZE),
         "learning_rate": over_steps({"learning_rate": False}, "learning rate", FIGURE_SIZE),
         "throughput": over_steps({"tokens_per_s": False}, "tokens per second", FIGURE_SIZE),
         "memory": over_steps({"peak_memory_bytes": False}, "peak memory of a rank, bytes", FIGURE_SIZE),
