@@ -126,7 +126,7 @@ class ClassifierModel(TransformersModel):
         self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None, document_ids_BL: Tensor | None = None
     ) -> Tensor:
         """Scores [B, 1, C] of the text in each row, which is its document 0 where there are others."""
-        kind, rows = self.inner.config.model_type, len(input_ids_BL)
+        kind, rows = self.inner.config.model_type, input_ids_BL.shape[0]  # len would be a constant of the program
         if document_ids_BL is not None:
             attention_mask_BL = (document_ids_BL == 0).to(input_ids_BL.dtype)
         mask_BL = torch.ones_like(input_ids_BL) if attention_mask_BL is None else attention_mask_BL
