@@ -22,6 +22,10 @@ from flows.data.mixture import open_split
 from flows.evaluation import quality
 from flows.export import program
 from flows.export.runtime import Program
+from flows.model.transformers_model import load_transformers_model
+from flows.training import objectives
+from flows.training.batches import to_batch
+from flows.training.objectives import LossModule
 from flows.training.schedules import learning_rate
 from tests.training.conftest import SEQUENCE_LENGTH, VOCAB_SIZE
 from tests.training.interruption import interrupted
@@ -128,10 +132,26 @@ def bare_losses(run: TrainingRun, data: dict[str, Artifact], dtype: torch.dtype)
     return losses
 
 
+def test_loss_and_measures_are_those_of_the_library(
+    classifying_run: Run, data: dict[str, Artifact], tmp_path: Path
+) -> None:
+    directory = classifying_run(1, EngineConfig()).model.initial_weights
+    theirs = BertForSequenceClassification.from_pretrained(directory).eval()
+    dataset = open_split(data["tokens"].path, "train", SEQUENCE_LENGTH)
+    batch = to_batch([dataset.row(index) for index in range(5)], "cpu")
+    assert batch.document_ids_BL is not None
+    with torch.no_grad():
+        loss = LossModule(load_transformers_model(directory), objectives.cross_entropy).eval()(*batch)
+        scores = theirs(batch.input_ids_BL, attention_mask=1 - batch.document_ids_BL).logits
+    assert loss.item() == pytest.approx(float(cross_entropy(scores, batch.targets_BL[:, 0])), rel=1e-5)
+    assert_measured(Artifact("base", "base", "base", directory), theirs, data, tmp_path)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("ranks", "engine"),
-    [(1, EngineConfig()), pytest.param(2, EngineConfig(zero_stage=3), marks=pytest.mark.exhaustive)],
+    [(1, EngineConfig()), (2, EngineConfig(zero_stage=3))],
     ids=["one", "two that share and are interrupted"],
 )
 def test_the_loss_curve_is_that_of_a_bare_loop_and_the_model_is_read_back(
