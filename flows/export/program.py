@@ -89,7 +89,8 @@ def build(directory: Path, config: None, parents: Mapping[str, Artifact]) -> Map
     export_program(scores, directory / PROGRAM)
     seconds = time.perf_counter() - started
     copy_tokenizer(source, directory)
-    parity = compare(scores, Program(directory), scores.model.vocab_size)
+    longest = scores.model.longest if isinstance(scores.model, TransformersModel) else None
+    parity = compare(scores, Program(directory), scores.model.vocab_size, longest)
     return {
         "program_bytes": sum(path.stat().st_size for path in directory.glob(f"{PROGRAM}*")),
         "parameters": count_parameters(scores.model),

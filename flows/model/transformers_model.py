@@ -67,6 +67,11 @@ class TransformersModel(nn.Module):
         self.vocab_size: int = inner.config.vocab_size
 
     @property
+    def longest(self) -> int | None:
+        """Positions that it has, in tokens; None = any number."""
+        return longest_context(self.inner.config.to_dict())
+
+    @property
     def lm_head(self) -> nn.Module:
         """Turns hidden states into scores."""
         return self.inner.get_output_embeddings()
