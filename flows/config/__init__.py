@@ -181,7 +181,7 @@ class Config:
         )
 
     def _check_formats(self) -> None:
-        family, lora = self.model.family, self.train.lora
+        family = self.model.family
         classifies = family == Family.sequence_classification
         for corpus in self.data.corpora.values():
             require(
@@ -200,11 +200,11 @@ class Config:
                 f"Set data.corpus.format={Format.labelled if classifies else Format.text}, or another model.family.",
             )
         require(
-            not (classifies and lora.enabled) or bool(lora.replaced),
-            "train.lora.replaced",
-            list(lora.replaced),
-            f"leaves the head, which is new, as it was drawn: adapters of train.lora.rank={lora.rank} freeze the rest",
-            "Set train.lora.replaced=[classifier], or [score] for decoders.",
+            not (classifies and self.train.lora.enabled),
+            "train.lora.rank",
+            self.train.lora.rank,
+            f"cannot be combined with model.family={family}: adapters would leave the head, which is new, as it was drawn",
+            "Set train.lora.rank=0; train.freeze keeps other weights as they are.",
         )
 
     @property

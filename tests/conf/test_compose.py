@@ -251,7 +251,7 @@ CLASSIFIER = ["+experiment=classify"]
         ),
         (
             [*CLASSIFIER, "train.lora.rank=4", "model.initial_weights=x", "data.tokenizer.directory=x"],
-            r"train.lora.replaced=\[\] leaves the head, which is new, as it was drawn",
+            "train.lora.rank=4 cannot be combined with model.family=sequence_classification: .* as it was drawn",
         ),
         (
             ["train/optimizer=muon", "engine=zero3"],
