@@ -203,8 +203,8 @@ class Config:
             not (classifies and self.train.lora.enabled),
             "train.lora.rank",
             self.train.lora.rank,
-            f"cannot be combined with model.family={family}: adapters would leave the head, which is new, as it was drawn",
-            "Set train.lora.rank=0; train.freeze keeps other weights as they are.",
+            f"cannot be combined with model.family={family}: adapters leave the head, which is new, as it was drawn",
+            "Set train.lora.rank=0; train.freeze=[*.encoder.*] keeps most weights as they are.",
         )
 
     @property
