@@ -81,7 +81,8 @@ class LabelledDocuments:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         shard, first, last = self._texts[index]
-        return self._shards[shard][first:last]
+        tokens: NDArray[Any] = self._shards[shard][first:last]
+        return tokens
 
 
 def read_labels(directory: Path, split: str) -> NDArray[np.int64]:
