@@ -38,6 +38,7 @@ def test_every_file_composes(path: Path) -> None:
         "four_ranks": ["train.global_batch_size=32", "distill.train.global_batch_size=32"],
         "files": ["data.corpus.paths=[x.txt]"],
         "chat": ["data.corpus.paths=[x.jsonl]"],
+        "labelled": ["data.corpus.paths=[x.jsonl]", "+experiment=classify", "data.corpus.labels=[]"],
         "huggingface": ["data.corpus.dataset=x"],
         "kubernetes": ["launcher.kubernetes.image=registry.example.com/millrace"],
     }
@@ -108,7 +109,7 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
         ("publish.candidate=best", "publish.candidate=best is not a candidate of this run, which makes"),
         ("publish.model_name=a/b", "publish.model_name=a/b must be 1-64 letters"),
         ("verify.lengths=[9999]", r"verify.lengths=\[9999\] must not exceed data.sequence_length=256"),
-        ("data=nope", "data=nope does not exist. Choose one of: chat, files, huggingface, mixture, stdlib."),
+        ("data=nope", "data=nope does not exist. Choose one of: chat, files, huggingface, labelled, mixture, stdlib."),
         ("+experiment=nope", "experiment=nope does not exist. Choose one of: .*quickstart"),
         ("data=files", "data.corpus.source=files needs at least one path. Set data.corpus.paths"),
         (
