@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from flows.config import Config, ConfigError
@@ -81,6 +82,14 @@ def _check_weights(run: TrainingRun) -> None:
                 f"must not exceed the {longest} positions of model.initial_weights={run.model.initial_weights}",
                 f"Set data.sequence_length={longest}.",
             )
+    elif theirs:
+        require(
+            find_spec("transformers") is not None,
+            "model.architecture",
+            run.model.architecture,
+            "needs the transformers library, which is not installed",
+            "Run pip install 'millrace[transformers]'.",
+        )
     train = run.train
     if train.trainable or train.freeze or train.lora.enabled:
         from flows.model.transformers_model import model_without_weights

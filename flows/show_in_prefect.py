@@ -43,7 +43,11 @@ def _candidates(gates: Mapping[str, Any]) -> list[dict[str, str]]:
         {
             "candidate": row["name"],
             "gates": "chosen" if row["name"] == gates["chosen"] else "passed" if row["passed"] else "rejected",
-            "bits per byte": f"{row['bits_per_byte']:.3f}",
+            **(
+                {"macro F1": f"{row['macro_f1']:.3f}", "right": f"{100 * row['accuracy']:.1f} %"}
+                if row["bits_per_byte"] is None
+                else {"bits per byte": f"{row['bits_per_byte']:.3f}"}
+            ),
             "loss": f"{row['loss']:.3f}",
             "parameters": count(row["parameters"]),
             "program": size(row["program_bytes"]),

@@ -26,7 +26,7 @@ from flows.model.arithmetic import parameter_count
 from flows.model.checkpoint import WEIGHTS, is_floating_point, load_decoder
 from flows.model.config_json import CONFIG, CheckpointError, read_config, read_json
 from flows.model.decoder import Decoder
-from flows.model.transformers_model import TransformersModel, is_transformers_kind, load_transformers_model
+from flows.model.transformers_model import TransformersModel, load_transformers_model, own_family
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -42,7 +42,7 @@ def load_candidate(directory: Path, kernels: Kernels = Kernels.reference) -> Dec
         CheckpointError: A file or weight is missing, unknown, damaged or of another shape.
     """
     quantization: Any = read_json(directory).get("quantization_config")
-    if quantization is None and is_transformers_kind(read_json(directory).get("model_type")):
+    if quantization is None and own_family(read_json(directory)) is not None:
         return load_transformers_model(directory).requires_grad_(False).eval()
     if is_floating_point(directory):
         return load_decoder(directory, kernels).requires_grad_(False).eval()

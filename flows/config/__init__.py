@@ -98,7 +98,7 @@ class Config:
                 "Set steps=none.",
             )
             require(
-                not self.data.document_masks or self.model.family == Family.masked_lm,
+                not self.data.document_masks or self.model.family != Family.causal_lm,
                 "data.document_masks",
                 self.data.document_masks,
                 f"cannot be combined with model.architecture={self.model.architecture}: it knows no document ids",
@@ -119,8 +119,9 @@ class Config:
                 f"cannot be combined with model.architecture={self.model.architecture}: its layers are not ours to cut",
                 "Set export.pipeline_stages=1.",
             )
-        if self.model.family == Family.masked_lm:
-            self._check_masked()
+        if self.model.family != Family.causal_lm:
+            self._check_unpublished()
+        self._check_formats()
         for section, model in {"model": self.model, "distill.student": self.distill.student}.items():
             weights = model.initial_weights
             require(
@@ -173,7 +174,7 @@ class Config:
                 f"Set export.pipeline_stages={shape.num_hidden_layers}, or publish.candidate to a deeper one.",
             )
 
-    def _check_masked(self) -> None:
+    def _check_unpublished(self) -> None:
         require(
             self.publish.candidate == NO_CANDIDATE,
             "publish.candidate",
@@ -188,14 +189,33 @@ class Config:
             f"cannot be combined with model.family={self.model.family}: tasks ask for the likelihood of what follows",
             "Set evaluate.tasks.directory=null.",
         )
+
+    def _check_formats(self) -> None:
+        family = self.model.family
+        classifies = family == Family.sequence_classification
         for corpus in self.data.corpora.values():
             require(
-                corpus.format == Format.text,
+                corpus.format == Format.text or family != Family.masked_lm,
                 "data.corpus.format",
                 corpus.format,
-                f"cannot be combined with model.family={self.model.family}: tokens are hidden in plain text",
+                f"cannot be combined with model.family={family}: tokens are hidden in plain text",
                 "Set data.corpus.format=text.",
             )
+            require(
+                (corpus.format == Format.labelled) == classifies,
+                "data.corpus.format",
+                corpus.format,
+                f"cannot be combined with model.family={family}: labels are what is learnt by "
+                f"{Family.sequence_classification}, and by nothing else",
+                f"Set data.corpus.format={Format.labelled if classifies else Format.text}, or another model.family.",
+            )
+        require(
+            not (classifies and self.train.lora.enabled),
+            "train.lora.rank",
+            self.train.lora.rank,
+            f"cannot be combined with model.family={family}: adapters leave the head, which is new, as it was drawn",
+            "Set train.lora.rank=0; train.freeze=[*.encoder.*] keeps most weights as they are.",
+        )
 
     @property
     def candidates(self) -> list[str]:

@@ -46,6 +46,7 @@ class Format(StrEnum):
     text = "text"
     messages = "messages"
     prompt_completion = "prompt_completion"
+    labelled = "labelled"
 
 
 class UnicodeForm(StrEnum):
@@ -70,7 +71,8 @@ class CorpusConfig:
     format: Format = Format.text
     """`text`: plain text, all of which is learned; `messages`: conversations, a list of `role` (system, user,
     assistant, tool) and `content` in each record, of which the assistant's turns are learned; `prompt_completion`: one
-    turn of each in two fields."""
+    turn of each in two fields; `labelled`: a text and what it is, in two fields; of a text file its first folder says
+    what it is, as in reviews/good/1.txt."""
     messages_field: str = "messages"
     """Field that holds the list of messages, for `format=messages`."""
     prompt_field: str = "prompt"
@@ -79,6 +81,11 @@ class CorpusConfig:
     """Field that holds what the assistant answers, for `format=prompt_completion`."""
     text_field: str = "text"
     """Field that holds the text in .jsonl, .parquet and Hugging Face data."""
+    label_field: str = "label"
+    """Field that holds what the text is, for `format=labelled`: words, a whole number, true or false."""
+    labels: tuple[str, ...] = ()
+    """What a text can be, in the order of the model's scores, for `format=labelled`; texts with any other label are
+    dropped and counted. Empty = whatever the training split holds, sorted."""
     dataset: str | None = None
     """Hugging Face `datasets` name, or the path of a saved data set, for `source=huggingface`."""
     dataset_config: str | None = None
@@ -132,11 +139,25 @@ class CorpusConfig:
             "Set data.corpus.dataset to a Hugging Face name or a saved data set's directory.",
         )
         require(
-            self.format == Format.text or self.source != Source.stdlib,
+            self.format in (Format.text, Format.labelled) or self.source != Source.stdlib,
             "data.corpus.format",
             self.format,
             "is not what data.corpus.source=stdlib holds: source text",
             "Set data.corpus.source=files and data.corpus.paths=[chats.jsonl].",
+        )
+        require(
+            not self.labels or self.format == Format.labelled,
+            "data.corpus.labels",
+            list(self.labels),
+            f"are not read with data.corpus.format={self.format}",
+            "Set data.corpus.format=labelled, or data.corpus.labels=[].",
+        )
+        require(
+            not self.labels or 2 <= len(self.labels) == len(set(self.labels)),
+            "data.corpus.labels",
+            list(self.labels),
+            "must be two or more, each of them once: there is nothing to tell apart otherwise",
+            "Set data.corpus.labels=[good,bad], or [] for whatever there is.",
         )
 
     @property
@@ -149,6 +170,8 @@ class CorpusConfig:
                 return ("messages_field",)
             case Format.prompt_completion:
                 return ("prompt_field", "completion_field")
+            case Format.labelled:
+                return ("text_field", "label_field")
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -190,8 +213,8 @@ class EncodeConfig:
     batch_bytes: int = 1_048_576
     """Text that each core encodes at once; bounds memory."""
     max_conversation_tokens: int | None = None
-    """Longer conversations are cut, keeping their beginning, and counted; null = data.sequence_length + 1, what a
-    sequence holds."""
+    """Longer conversations are cut, keeping their beginning, and counted, as are labelled texts; null = what a sequence
+    holds."""
 
     def __post_init__(self) -> None:
         require_positive("data.encode", self, ["shard_bytes", "batch_bytes"])
@@ -237,6 +260,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_mixture()
+        for name, corpus in self.corpora.items():
+            require(
+                corpus.format != Format.labelled or not self.mixture,
+                "data.corpus.format" if name == MAIN else f"data.mixture.{name}.corpus.format",
+                corpus.format,
+                "cannot be combined with data.mixture: labels are those of one corpus",
+                "Put all labelled texts into data.corpus.paths, and leave data.mixture out.",
+            )
         require(
             self.sequence_length >= 8,
             "data.sequence_length",
@@ -259,10 +290,11 @@ class DataConfig:
 
     def encoding(self) -> EncodeConfig:
         """The section of the tokens stage: with the length of a conversation, where there are conversations."""
-        longest = self.encode.max_conversation_tokens or self.sequence_length + 1
         if all(corpus.format == Format.text for corpus in self.corpora.values()):
             return self.encode
-        return replace(self.encode, max_conversation_tokens=min(longest, self.sequence_length + 1))
+        room = self.sequence_length if self.corpus.format == Format.labelled else self.sequence_length + 1
+        longest = self.encode.max_conversation_tokens or room
+        return replace(self.encode, max_conversation_tokens=min(longest, room))
 
     def _check_mixture(self) -> None:
         for name in self.mixture:

@@ -18,10 +18,11 @@ class Kernels(StrEnum):
 
 
 class Family(StrEnum):
-    """What a model is asked: the token that follows, or those that are hidden."""
+    """What a model is asked: the token that follows, those that are hidden, or what a text is."""
 
     causal_lm = "causal_lm"
     masked_lm = "masked_lm"
+    sequence_classification = "sequence_classification"
 
 
 class Architecture(StrEnum):
@@ -37,10 +38,12 @@ class ModelConfig:
 
     architecture: Architecture = Architecture.decoder
     """`decoder`: ours; `transformers`: the language model in `initial_weights` as that library computes it. Its shape
-    is its own then: the settings of the shape below are not read."""
+    is its own then: the settings of the shape below are not read. Without `initial_weights`, and to classify texts
+    only, it is a new BERT of width, layers and heads as below."""
     family: Family = Family.causal_lm
     """`causal_lm`: predicts the next token; `masked_lm`: fills in hidden tokens (encoders such as BERT,
-    arXiv:1810.04805), trained, measured and saved, but not published."""
+    arXiv:1810.04805); `sequence_classification`: says which of several labels a text has (encoders and decoders). The
+    latter two are trained, measured, exported and saved, but not published."""
     hidden_size: int = 256
     """Width of the residual stream, which every layer reads and adds to."""
     intermediate_size: int = 704
@@ -86,7 +89,7 @@ class ModelConfig:
         )
         require_positive("model", self, ["rope_theta", "rms_norm_eps", "initializer_range"])
         require(
-            self.architecture == Architecture.decoder or self.initial_weights is not None,
+            self.architecture == Architecture.decoder or self.initial_weights is not None or self.is_new_encoder,
             "model.architecture",
             self.architecture,
             "needs a model to start from, and model.initial_weights is null",
@@ -96,7 +99,7 @@ class ModelConfig:
             self.family == Family.causal_lm or self.architecture == Architecture.transformers,
             "model.family",
             self.family,
-            f"cannot be combined with model.architecture={self.architecture}, whose tokens see none that follow",
+            f"cannot be combined with model.architecture={self.architecture}, which predicts what follows",
             "Set model.architecture=transformers, or model.family=causal_lm.",
         )
         pairs = 2 * self.num_attention_heads
@@ -150,6 +153,11 @@ class ModelConfig:
             "must not be negative",
             "Set it to 0 to turn it off.",
         )
+
+    @property
+    def is_new_encoder(self) -> bool:
+        """Whether it is a BERT of this shape (arXiv:1810.04805), from random weights: its heads share no keys."""
+        return self.family == Family.sequence_classification and self.initial_weights is None
 
     @property
     def head_dim(self) -> int:

@@ -14,6 +14,8 @@ from flows.artifact import Artifact, write_json_atomically
 from flows.config.checks import require
 from flows.config.data import MAIN, corpus_role
 from flows.data.encode import corpus_dir
+from flows.data.labelled_documents import read_labels
+from flows.data.macro_f1 import macro_f1
 from flows.data.packed import map_shards, read_index
 from flows.data.splits import read_documents_of
 from flows.data.whole_documents import map_loss_masks
@@ -25,6 +27,8 @@ CHUNK_TOKENS = 2**22
 def build(directory: Path, config: Mapping[str, int] | None, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
     """Writes and returns the bits per byte of a unigram model of the tokens and of `xz -9`, on the test split.
 
+    Of texts with labels it is what `label_baselines` returns.
+
     Args:
         directory: Gets `baselines.json`.
         config: Weights of the corpora of a mixture, by name; both baselines read them in these shares of tokens.
@@ -33,6 +37,10 @@ def build(directory: Path, config: Mapping[str, int] | None, parents: Mapping[st
     Raises:
         ConfigError: There is no test split.
     """
+    if "labels" in read_index(parents["tokens"].path):
+        metrics = label_baselines(parents["tokens"].path)
+        write_json_atomically(directory / "baselines.json", metrics)
+        return metrics
     weights = config or {MAIN: 1}
     places = {name: corpus_dir(parents["tokens"].path, name) for name in weights}
     counted = {name: token_counts(place, "test") for name, place in places.items()}
@@ -55,6 +63,32 @@ def build(directory: Path, config: Mapping[str, int] | None, parents: Mapping[st
     }
     write_json_atomically(directory / "baselines.json", metrics)
     return metrics
+
+
+def label_baselines(directory: Path) -> dict[str, Any]:
+    """How well a guess does on the test split's labels that knows only how frequent each is.
+
+    Args:
+        directory: Tokens artifact of texts with labels.
+
+    Returns:
+        `majority` (the label that the test split itself has most of), `majority_accuracy` and `majority_macro_f1` of
+        always naming it, the best that any constant answer can do, and `frequencies_loss`, the nats per text of naming
+        each as often as training saw it.
+    """
+    names = read_index(directory)["labels"]
+    train, test = (np.bincount(read_labels(directory, split), minlength=len(names)) for split in ("train", "test"))
+    require(test.sum() > 0, "data.corpus.test_fraction", 0, "leaves no text to measure on", "Set it to 0.03.")
+    majority = int(test.argmax())
+    always = np.zeros((len(names), len(names)), np.int64)
+    always[:, majority] = test
+    return {
+        "majority": names[majority],
+        "majority_accuracy": float(test[majority] / test.sum()),
+        "majority_macro_f1": macro_f1(always),
+        "frequencies_loss": float(-(test * np.log(train / train.sum())).sum() / test.sum()),
+        "test_texts": int(test.sum()),
+    }
 
 
 def in_shares(counts: Mapping[str, NDArray[np.int64]], weights: Mapping[str, int]) -> dict[str, NDArray[np.float64]]:

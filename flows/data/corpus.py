@@ -13,10 +13,11 @@ from typing import Any
 from tqdm import tqdm
 
 from flows.artifact import Artifact
-from flows.config.checks import ConfigError
-from flows.config.data import CorpusConfig
+from flows.config.checks import ConfigError, require
+from flows.config.data import CorpusConfig, Format
 from flows.data import sources
 from flows.data.cleaning import Dropped, usable_text
+from flows.data.labelled import label_of, with_folder_label
 
 NAMED_PER_REASON = 5
 """Dropped documents that the metrics name, for each reason."""
@@ -29,7 +30,10 @@ def fingerprint(config: CorpusConfig) -> str:
 
 
 def build(directory: Path, config: CorpusConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
-    """Writes `train.parquet`, `validation.parquet` and `test.parquet` with columns `name` and `text`, or `messages`.
+    """Writes `train.parquet`, `validation.parquet` and `test.parquet` with columns `name` and `text`, `messages` or
+    `labelled`.
+
+    Pieces of a file all have its label: they go to the same split, so that none is recognized by its neighbours.
 
     Raises:
         ConfigError: No document, or fewer than there are splits, is usable; the message counts why.
@@ -43,12 +47,16 @@ def build(directory: Path, config: CorpusConfig, parents: Mapping[str, Artifact]
     with _SeenTexts() as seen, tqdm(desc="corpus", unit="B", unit_scale=True, disable=None) as progress:
         for document in sources.read_documents(config):
             read_documents += 1
-            content = document.content
+            content, group = document.content, None
+            is_file = isinstance(content, bytes)
             if not isinstance(content, Dropped):
                 size = len(content) if isinstance(content, bytes) else len(content.encode(errors="surrogatepass"))
                 read_bytes += size
                 progress.update(size)
                 content = usable_text(content, config)
+            if config.format == Format.labelled and is_file and not isinstance(content, Dropped):
+                content = with_folder_label(document.name, content, config)
+                group = document.name.partition("#")[0]
             if not isinstance(content, Dropped) and not seen.add(content):
                 content = Dropped.duplicate
             if isinstance(content, Dropped):
@@ -56,18 +64,42 @@ def build(directory: Path, config: CorpusConfig, parents: Mapping[str, Artifact]
                 if dropped[content] <= NAMED_PER_REASON:
                     first_dropped[content].append(document.name)
             else:
-                writer.write(document.name, content)
+                writer.write(document.name, content, group)
     if read_documents == dropped.total():
         raise ConfigError(_nothing_usable(config, read_documents, dropped))
     writer.finish()
     if dropped:
         left_out = f"{dropped.total():,} of {read_documents:,} documents are left out"
         logger.warning("%s: %s", left_out, _counted(dropped))
+    labels = {"labels": _labels(directory, config)} if config.format == Format.labelled else {}
     return {
         "read": {"documents": read_documents, "bytes": read_bytes},
         "splits": writer.sizes,
+        **labels,
         "dropped": {reason.value: {"documents": dropped[reason], "first": first_dropped[reason]} for reason in Dropped},
     }
+
+
+def _labels(directory: Path, config: CorpusConfig) -> dict[str, Any]:
+    """`names` of the labels that are learnt, in order, and of each split how many `texts` have which label.
+
+    Raises:
+        ConfigError: The training split lacks one of `config.labels`, or has fewer than two.
+    """
+    from flows.data.splits import SPLITS, read_stored
+
+    counts = {split: Counter(label_of(text) for _, text in read_stored(directory, split)) for split in SPLITS}
+    learnt = counts["train"]
+    names = config.labels or tuple(sorted(learnt))
+    lacking = [name for name in names if not learnt[name]]
+    require(
+        not lacking and len(names) >= 2,
+        "data.corpus.labels",
+        list(names),
+        f"cannot be learnt from the training split, which holds {dict(learnt)}",
+        "Give texts of two or more labels, look at data.corpus.label_field, or leave out labels that do not occur.",
+    )
+    return {"names": list(names), "texts": {split: dict(sorted(count.items())) for split, count in counts.items()}}
 
 
 def _nothing_usable(config: CorpusConfig, read_documents: int, dropped: Counter[Dropped]) -> str:

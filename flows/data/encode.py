@@ -26,7 +26,8 @@ from flows.artifact import Artifact, write_json_atomically
 from flows.config.checks import require
 from flows.config.data import MAIN, EncodeConfig, corpus_name, corpus_role
 from flows.data.conversations import encode_conversations
-from flows.data.splits import SPLITS, holds_conversations, read_stored
+from flows.data.labelled import encode_to_classify, label_of, text_of
+from flows.data.splits import LABELLED, MESSAGES, SPLITS, read_stored, stored_kind
 from flows.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 
 INDEX = "index.json"
@@ -49,13 +50,18 @@ class EncodedBatch:
     """Documents that were longer than allowed."""
     unanswered: int = 0
     """Documents left out, because no answer begins within the allowed length."""
+    labels: list[int] | None = None
+    """For texts with labels: the number of each document's."""
+    unknown: int = 0
+    """Documents left out, because training has none with their label."""
 
 
 def build(directory: Path, config: EncodeConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
     """Writes the shards of every split and `index.json`, which describes them.
 
     `<split>-<number>.bin` holds raw little-endian ids, `<split>-<number>.documents.npy` the int64 offset of each
-    document's first token, and for conversations `<split>-<number>.loss.bin` a byte for each token: 1 if it counts. No
+    document's first token, for conversations `<split>-<number>.loss.bin` a byte for each token: 1 if it counts, and for
+    texts with labels `<split>-<number>.labels.npy` the number of each document's, whose names `index.json` lists. No
     document straddles two shards. The further corpora of a mixture lie in directories of their own, of the same form.
 
     Raises:
@@ -70,7 +76,7 @@ def build(directory: Path, config: EncodeConfig, parents: Mapping[str, Artifact]
             name = corpus_name(role)
             place = corpus_dir(directory, name)
             place.mkdir(exist_ok=True)
-            sizes[name] = _encode_corpus(place, config, corpus.path, parents["tokenizer"].path, progress)
+            sizes[name] = _encode_corpus(place, config, corpus, parents["tokenizer"].path, progress)
     seconds = time.perf_counter() - started
     splits = {
         split: {key: sum(size[split][key] for size in sizes.values()) for key in ("tokens", "documents", "bytes")}
@@ -90,27 +96,34 @@ def corpus_dir(directory: Path, name: str) -> Path:
 
 
 def _encode_corpus(
-    directory: Path, config: EncodeConfig, corpus_path: Path, tokenizer_dir: Path, progress: tqdm[Any]
+    directory: Path, config: EncodeConfig, corpus: Artifact, tokenizer_dir: Path, progress: tqdm[Any]
 ) -> dict[str, dict[str, int]]:
     """Writes one corpus; what its index says about each split, but for the shards."""
     vocab_size, end = vocabulary_size(tokenizer_dir), end_of_text_id(tokenizer_dir)
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-    conversations = holds_conversations(corpus_path)
-    encode = partial(_as_conversations, max_tokens=config.max_conversation_tokens) if conversations else _as_texts
+    stored = stored_kind(corpus.path)
+    encode: EncodeBatch = _as_texts
+    kind: dict[str, Any] = {}
+    if stored == MESSAGES:
+        kind = {"whole_documents": True}
+        encode = partial(_as_conversations, max_tokens=config.max_conversation_tokens)
+    if stored == LABELLED:
+        kind = {"labels": corpus.metrics["labels"]["names"]}
+        assert config.max_conversation_tokens is not None
+        encode = partial(_as_labelled, max_tokens=config.max_conversation_tokens, labels=kind["labels"])
     splits = {}
     for split in SPLITS:
         writer = _ShardWriter(directory, split, config.shard_bytes)
-        texts = (text for _, text in read_stored(corpus_path, split))
+        texts = (text for _, text in read_stored(corpus.path, split))
         for batch in encode_batches(tokenizer_dir, texts, config.batch_bytes, dtype, encode):
             writer.write(batch)
             progress.update(batch.text_bytes)
         splits[split] = writer.finish()
-    kind = {"whole_documents": True} if conversations else {}
     write_json_atomically(
         directory / INDEX,
         {"dtype": dtype.name, "vocab_size": vocab_size, "eos_token_id": end, **kind, "splits": splits},
     )
-    if conversations:
+    if stored == MESSAGES:
         train = splits["train"]
         require(
             train["loss_tokens"] > 0,
@@ -149,6 +162,26 @@ def _as_conversations(
         [one.loss for one in kept],
         cut=sum(one.cut for one in kept),
         unanswered=len(encoded) - len(kept),
+    )
+
+
+def _as_labelled(
+    tokenizer: Tokenizer,
+    batch: list[str],
+    text_bytes: int,
+    dtype: np.dtype[Any],
+    end: int,
+    max_tokens: int,
+    labels: list[str],
+) -> EncodedBatch:
+    known = [document for document in batch if label_of(document) in labels]
+    encoded = encode_to_classify(tokenizer, [text_of(document) for document in known], end, max_tokens)
+    return EncodedBatch(
+        [np.array(ids, dtype) for ids, _ in encoded],
+        text_bytes,
+        cut=sum(cut for _, cut in encoded),
+        labels=[labels.index(label_of(document)) for document in known],
+        unknown=len(batch) - len(known),
     )
 
 
@@ -222,8 +255,9 @@ class _ShardWriter:
         self._starts = array("q")
         self._tokens = 0
         self._loss: BinaryIO | None = None
+        self._labels: list[int] = []
         self._counts: dict[str, int] = {}
-        """For conversations: tokens that count, documents cut and left out."""
+        """Of conversations tokens that count, documents cut and left out; of texts with labels the latter two."""
 
     def write(self, batch: EncodedBatch) -> None:
         self._text_bytes += batch.text_bytes
@@ -234,8 +268,11 @@ class _ShardWriter:
                 "unanswered": batch.unanswered,
             }
             self._counts = {name: self._counts.get(name, 0) + count for name, count in counts.items()}
-        masks = batch.loss or repeat(None)
-        for ids, mask in zip(batch.documents, masks, strict=False):
+        if batch.labels is not None:
+            counts = {"cut": batch.cut, "unknown": batch.unknown}
+            self._counts = {name: self._counts.get(name, 0) + count for name, count in counts.items()}
+        masks, labels = batch.loss or repeat(None), batch.labels or repeat(None)
+        for ids, mask, label in zip(batch.documents, masks, labels, strict=False):
             if self._file is None:
                 self._file = (self._directory / f"{self._name}.bin").open("wb")
                 if mask is not None:
@@ -243,6 +280,8 @@ class _ShardWriter:
             self._file.write(ids.data)
             if self._loss is not None and mask is not None:
                 self._loss.write(mask.data)
+            if label is not None:
+                self._labels.append(label)
             self._starts.append(self._tokens)
             self._tokens += len(ids)
             if self._tokens * ids.itemsize >= self._shard_bytes:
@@ -271,5 +310,8 @@ class _ShardWriter:
             self._loss.close()
             self._loss = None
         np.save(self._directory / f"{self._name}.documents.npy", np.array(self._starts, "<i8"))
+        if self._labels:
+            np.save(self._directory / f"{self._name}.labels.npy", np.array(self._labels, "<i8"))
+            self._labels = []
         self._shards.append({"file": f"{self._name}.bin", "tokens": self._tokens, "documents": len(self._starts)})
         self._file, self._starts, self._tokens = None, array("q"), 0

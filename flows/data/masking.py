@@ -42,13 +42,13 @@ class View(Protocol):
 
 
 def view_of(family: Family, tokenizer_dir: Path) -> View:
-    """How a family of models is shown a split; for causal models it is what it is.
+    """How a family of models is shown a split; but for masked models it is what it is.
 
     Args:
         family: The model's.
         tokenizer_dir: The tokenizer's artifact, or a model that carries it.
     """
-    if family == Family.causal_lm:
+    if family != Family.masked_lm:
         return _as_it_is
     return partial(MaskedSequences, vocabulary=Vocabulary.read(tokenizer_dir))
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from flows.config.data import MAIN
 from flows.data.encode import corpus_dir
+from flows.data.labelled_documents import LabelledDocuments
 from flows.data.packed import PackedDataset, Row, Sequences, read_index
 from flows.data.whole_documents import WholeDocuments
 
@@ -137,7 +138,10 @@ def open_split(
         ConfigError: A split is too short for one sequence.
     """
     if not weights:
-        kind = WholeDocuments if read_index(directory).get("whole_documents") else PackedDataset
+        index = read_index(directory)
+        if "labels" in index:
+            return LabelledDocuments(directory, split, sequence_length)
+        kind = WholeDocuments if index.get("whole_documents") else PackedDataset
         return kind(directory, split, sequence_length, document_masks)
     corpora = {
         name: open_split(corpus_dir(directory, name), split, sequence_length, document_masks) for name in weights

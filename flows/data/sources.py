@@ -18,6 +18,7 @@ from flows.config.checks import ConfigError, require
 from flows.config.data import CorpusConfig, Format, Source
 from flows.data.cleaning import Dropped
 from flows.data.conversations import conversation_of
+from flows.data.labelled import labelled_of
 
 INSTALLED_PACKAGES = ("site-packages", "dist-packages")
 SAVED_SPLITS = "dataset_dict.json"
@@ -121,7 +122,7 @@ def _all_documents(config: CorpusConfig) -> Iterator[Document]:
 
 def _require_records(file: _SourceFile, config: CorpusConfig) -> None:
     require(
-        config.format == Format.text or file.path.suffix in (".jsonl", ".parquet"),
+        config.format in (Format.text, Format.labelled) or file.path.suffix in (".jsonl", ".parquet"),
         "data.corpus.format",
         config.format,
         f"is read from .jsonl and .parquet files, and data.corpus.paths matches {file.path}",
@@ -224,6 +225,8 @@ def _json_text(line: bytes, config: CorpusConfig) -> bytes | str | Dropped:
 
 
 def _content_of(record: Any, config: CorpusConfig) -> bytes | str | Dropped:
+    if config.format == Format.labelled:
+        return labelled_of(record, config)
     if config.format != Format.text:
         return conversation_of(record, config)
     value = record.get(config.text_field) if isinstance(record, dict) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,28 +12,33 @@ import pyarrow.parquet as pq
 from flows.config.checks import ConfigError
 from flows.config.data import CorpusConfig, Format
 from flows.data.conversations import plain_text
+from flows.data.labelled import text_of
 
 SPLITS = ("train", "validation", "test")
 ROW_GROUP_BYTES = 8_388_608
 """Text held in memory before it is written, and read at once."""
-TEXT, MESSAGES = "text", "messages"
-"""Column of a corpus of plain text, and of one of conversations (messages as JSON)."""
+TEXT, MESSAGES, LABELLED = "text", "messages", "labelled"
+"""Column of a corpus of plain text, of one of conversations (messages as JSON), and of one of texts with labels (both
+as JSON)."""
+COLUMNS = {Format.text: TEXT, Format.labelled: LABELLED}
 
 
 def read_documents_of(directory: Path, split: str) -> Iterator[tuple[str, str]]:
     """Iterates over (name, text) of a split of a corpus artifact; a conversation's text is what its messages say."""
-    conversations = holds_conversations(directory)
+    readers: dict[str, Callable[[str], str]] = {TEXT: str, MESSAGES: plain_text, LABELLED: text_of}
+    text = readers[stored_kind(directory)]
     for name, content in read_stored(directory, split):
-        yield name, plain_text(content) if conversations else content
+        yield name, text(content)
 
 
-def holds_conversations(directory: Path) -> bool:
-    """Whether a corpus artifact holds conversations."""
-    return MESSAGES in pq.read_schema(directory / f"{SPLITS[0]}.parquet").names
+def stored_kind(directory: Path) -> str:
+    """What a corpus artifact holds: `TEXT`, `MESSAGES` or `LABELLED`."""
+    _, kind = pq.read_schema(directory / f"{SPLITS[0]}.parquet").names
+    return str(kind)
 
 
 def read_stored(directory: Path, split: str) -> Iterator[tuple[str, str]]:
-    """Iterates over (name, text or JSON of the messages) of a split, at most one row group in memory."""
+    """Iterates over (name, text or JSON) of a split, at most one row group in memory."""
     with pq.ParquetFile(directory / f"{split}.parquet", buffer_size=2**20) as file:
         for index in range(file.num_row_groups):
             rows = file.read_row_group(index, use_threads=False)
@@ -59,8 +64,8 @@ class SplitWriter:
         self._config = config
         shares = {"train": 1.0, "validation": config.validation_fraction, "test": config.test_fraction}
         self._wanted = [split for split in SPLITS if shares[split] > 0]
-        self._held: list[tuple[str, str]] = []
-        column = TEXT if config.format == Format.text else MESSAGES
+        self._held: list[tuple[str, str, str]] = []
+        column = COLUMNS.get(config.format, MESSAGES)
         self._files = {split: _ParquetWriter(directory / f"{split}.parquet", column) for split in SPLITS}
 
     @property
@@ -68,12 +73,13 @@ class SplitWriter:
         """Documents and bytes of text in each split, by split."""
         return {split: {"documents": file.documents, "bytes": file.bytes} for split, file in self._files.items()}
 
-    def write(self, name: str, text: str) -> None:
-        """Adds a document."""
+    def write(self, name: str, text: str, group: str | None = None) -> None:
+        """Adds a document, to the split that its group belongs to; None = its name is."""
+        group = group or name
         if len(self._held) < len(self._wanted):
-            self._held.append((name, text))
+            self._held.append((name, text, group))
         else:
-            self._files[split_by_name(name, self._config)].write(name, text)
+            self._files[split_by_name(group, self._config)].write(name, text)
 
     def finish(self) -> None:
         """Writes what was held back and closes the files.
@@ -88,12 +94,12 @@ class SplitWriter:
                 f"for each split; there are {len(self._held)}, once equal ones are counted as one. Give more "
                 "documents, or cut a long text file at its line ends by setting data.corpus.max_document_bytes."
             )
-        chosen = [split_by_name(name, self._config) for name, _ in self._held]
+        chosen = [split_by_name(group, self._config) for _, _, group in self._held]
         for split in self._wanted:
             if not self._documents_in(split, chosen):
                 donor = max(i for i, other in enumerate(chosen) if self._documents_in(other, chosen) > 1)
                 chosen[donor] = split
-        for (name, text), split in zip(self._held, chosen, strict=True):
+        for (name, text, _), split in zip(self._held, chosen, strict=True):
             self._files[split].write(name, text)
         for file in self._files.values():
             file.close()

@@ -31,8 +31,9 @@ class Row:
     kind: StepKind | None
     """How; None for the base model."""
     loss: float
-    """Nats per test token."""
-    bits_per_byte: float
+    """Nats per test token, or per text where labels are told apart."""
+    bits_per_byte: float | None
+    """None where labels are told apart."""
     perplexity: float
     accuracy: float
     parameters: int
@@ -50,6 +51,8 @@ class Row:
     cpu_s_per_1000_tokens: float
     tasks: Mapping[str, float]
     """Results of the evaluation harness by task and measure."""
+    macro_f1: float | None = None
+    """Where labels are told apart."""
     weight_bits: int | None = None
     """Of a quantized candidate."""
     loss_ratio: float | None = None
@@ -84,21 +87,23 @@ def build(directory: Path, config: GatingConfig, parents: Mapping[str, Artifact]
     Returns:
         `candidates` (the rows, in the order of `parents`), `chosen` (a name or None) and `choice`, a sentence on why.
     """
-    unigram = parents["baselines"].metrics["unigram_bits_per_byte"]
-    rows = judge(_measured(parents, config), config.gates, unigram)
+    known = parents["baselines"].metrics
+    baseline = known["majority_accuracy"] if "majority_accuracy" in known else known["unigram_bits_per_byte"]
+    rows = judge(_measured(parents, config), config.gates, baseline)
     chosen, choice = choose(rows, config.candidate)
     metrics = {"candidates": [asdict(row) for row in rows], "chosen": chosen, "choice": choice}
     write_json_atomically(directory / "gates.json", metrics)
     return metrics
 
 
-def judge(rows: list[Row], gates: GatesConfig, unigram_bits_per_byte: float) -> list[Row]:
+def judge(rows: list[Row], gates: GatesConfig, baseline: float) -> list[Row]:
     """The rows with ratios, verdicts, reasons and Pareto fronts filled in.
 
     Args:
         rows: Every candidate as measured; each one's source is among them.
         gates: What has to be reached.
-        unigram_bits_per_byte: Of a model that knows only how frequent each token is.
+        baseline: Bits per byte of a model that knows only how frequent each token is; where labels are told apart, the
+            accuracy of always naming the most frequent one.
     """
     by_name = {row.name: row for row in rows}
     judged = []
@@ -113,7 +118,7 @@ def judge(rows: list[Row], gates: GatesConfig, unigram_bits_per_byte: float) -> 
                 base_loss_ratio=row.loss / by_name[BASE].loss,
                 recovered=_recovered(row, source, by_name),
             )
-        reasons = tuple(_failures(row, by_name, gates, unigram_bits_per_byte))
+        reasons = tuple(_failures(row, by_name, gates, baseline))
         judged.append(replace(row, passed=not reasons, reasons=reasons))
     fronts = {cost: front(judged, cost) for cost in COSTS}
     return [replace(row, fronts=tuple(cost for cost in COSTS if row.name in fronts[cost])) for row in judged]
@@ -163,6 +168,7 @@ def _measured(parents: Mapping[str, Artifact], config: GatingConfig) -> list[Row
                 bits_per_byte=quality["bits_per_byte"],
                 perplexity=quality["perplexity"],
                 accuracy=quality["accuracy"],
+                macro_f1=quality["macro_f1"],
                 parameters=program["parameters"],
                 program_bytes=program["program_bytes"],
                 p50_ms=timing["p50_ms"],
@@ -183,12 +189,14 @@ def _measured(parents: Mapping[str, Artifact], config: GatingConfig) -> list[Row
     return rows
 
 
-def _failures(row: Row, by_name: Mapping[str, Row], gates: GatesConfig, unigram: float) -> Iterator[str]:
+def _failures(row: Row, by_name: Mapping[str, Row], gates: GatesConfig, baseline: float) -> Iterator[str]:
     yield from row.faults
     if not math.isfinite(row.loss):
         yield f"test loss is {row.loss}"
-    if gates.beat_unigram and not row.bits_per_byte < unigram:
-        yield f"bits per byte {row.bits_per_byte:.4g} does not beat the unigram model's {unigram:.4g}"
+    if gates.beat_unigram and row.bits_per_byte is not None and not row.bits_per_byte < baseline:
+        yield f"bits per byte {row.bits_per_byte:.4g} does not beat the unigram model's {baseline:.4g}"
+    if gates.beat_unigram and row.bits_per_byte is None and not row.accuracy > baseline:
+        yield f"accuracy {row.accuracy:.4g} does not beat the {baseline:.4g} of always naming the most frequent label"
     if gates.max_loss is not None and not row.loss <= gates.max_loss:
         yield f"test loss {row.loss:.4g} is above evaluate.gates.max_loss={gates.max_loss:g}"
     if row.source is None:

@@ -20,11 +20,13 @@ from flows.compression.candidate import count_parameters, load_candidate
 from flows.config.checks import require
 from flows.config.compression import QualityConfig
 from flows.config.model import Family, Kernels
+from flows.data.macro_f1 import by_label, macro_f1
 from flows.data.masking import view_of
 from flows.data.mixture import open_split
 from flows.data.packed import IGNORED, Sequences
 from flows.evaluation.sanity import find_faults
 from flows.evaluation.words import WordMarks
+from flows.model.transformers_model import ClassifierModel
 
 SCORES_LIMIT = 2**25
 """Scores held at once; bounds memory to a few times 128 MiB at any vocabulary size."""
@@ -36,7 +38,10 @@ PROMPTS, PROMPT_TOKENS = 4, 16
 
 @dataclass(frozen=True)
 class Quality:
-    """Averages over the tokens that were predicted: the next one each time, or for a masked model those hidden."""
+    """Averages over the tokens that were predicted: the next one each time, or for a masked model those hidden.
+
+    Of a model that classifies a text's label stands for a token; what only tokens have is None.
+    """
 
     loss: float
     """Cross-entropy, nats per token."""
@@ -44,7 +49,9 @@ class Quality:
     """exp(loss); of a masked model a pseudo-perplexity (arXiv:1910.14659), with several tokens hidden at once."""
     accuracy: float
     """Share of tokens that were the model's first choice."""
-    bits_per_byte: float
+    macro_f1: float | None
+    """Of labels: mean over them of the harmonic mean of precision and recall."""
+    bits_per_byte: float | None
     """Loss in bits, per byte of the text that the predicted tokens stand for."""
     word_accuracy: float | None
     """Share of words all of whose tokens were the model's first choice, as LAMBADA counts (arXiv:1606.06031); a word is
@@ -55,7 +62,7 @@ class Quality:
     """KL(base || model), nats per token: what the model lacks of what the base model expects."""
     tokens: int
     """Tokens that were predicted; those that are not count neither in the loss nor in the bytes."""
-    bytes: int
+    bytes: int | None
     words: int
 
 
@@ -68,8 +75,8 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
         parents: `model`, `base` (the base model, which `model` may be), `tokens`, `tokenizer`.
 
     Returns:
-        The fields of `Quality`, `parameters`, `tasks` (results of the harness), and `faults`, the sentences of
-        `find_faults`.
+        The fields of `Quality`, `parameters`, `tasks` (results of the harness), `by_label` (of a model that
+        classifies), and `faults`, the sentences of `find_faults`.
 
     Raises:
         ConfigError: `evaluate.max_tokens` is less than one sequence, or the test split is.
@@ -92,13 +99,16 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
     batch_size = max(1, min(16, SCORES_LIMIT // (config.sequence_length * model.vocab_size)))
     goes_on = model.family == Family.causal_lm
     marks = WordMarks.of(parents["tokenizer"].path, token_bytes) if goes_on else None
-    quality = measure_quality(model, base, shown, sequences, batch_size, token_bytes, marks)
+    labels = model.labels if isinstance(model, ClassifierModel) else []
+    confusion = np.zeros((len(labels), len(labels)), np.int64) if labels else None
+    quality = measure_quality(model, base, shown, sequences, batch_size, token_bytes, marks, confusion)
     prompts = np.stack([shown.row(int(index)).input_ids_L[:PROMPT_TOKENS] for index in shown.first(PROMPTS)])
     faults = find_faults(model, torch.from_numpy(prompts).to(next(model.parameters()).device), goes_on)
     metrics = {
         **asdict(quality),
         "parameters": count_parameters(model),
         "tasks": _tasks(model, config, parents),
+        "by_label": {} if confusion is None else by_label(confusion, labels),
         "faults": faults,
     }
     write_json_atomically(directory / "quality.json", metrics)
@@ -123,6 +133,7 @@ def measure_quality(
     batch_size: int,
     token_bytes: NDArray[Any],
     marks: WordMarks | None,
+    confusion_CC: NDArray[np.int64] | None = None,
 ) -> Quality:
     """Quality over `dataset`; every token but the first of a sequence, or of a document told apart, is predicted once.
 
@@ -134,6 +145,7 @@ def measure_quality(
         batch_size: How many at once.
         token_bytes: UTF-8 bytes that each token stands for [V].
         marks: Which tokens begin a word; None = single tokens are predicted, not words.
+        confusion_CC: Where it is counted which labels were taken for which others, if labels are predicted.
     """
     device = next(model.parameters()).device
     total = torch.zeros(4, dtype=torch.float64)
@@ -153,21 +165,25 @@ def measure_quality(
                 words += marks.count(targets, (scores.argmax(-1) == expected).cpu().numpy())
             predicted = targets[targets != IGNORED]
             tokens += predicted.size
-            text_bytes += int(token_bytes[predicted].sum(dtype=np.int64))
+            if confusion_CC is None:
+                text_bytes += int(token_bytes[predicted].sum(dtype=np.int64))
+            else:
+                np.add.at(confusion_CC, (targets[:, 0], scores.argmax(-1)[:, 0].cpu().numpy()), 1)
             progress.update(len(rows))
     assert tokens > 0, "no token was predicted"
-    assert text_bytes > 0, "the predicted tokens stand for no text"
+    assert text_bytes > 0 or confusion_CC is not None, "the predicted tokens stand for no text"
     loss, accuracy, agreement, divergence = (total / tokens).tolist()
     return Quality(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),  # a diverged model's must still be a number
         accuracy=accuracy,
-        bits_per_byte=loss * tokens / math.log(2) / text_bytes,
+        macro_f1=None if confusion_CC is None else macro_f1(confusion_CC),
+        bits_per_byte=loss * tokens / math.log(2) / text_bytes if text_bytes else None,
         word_accuracy=float(words[1] / words[0]) if words[0] else None,
         agreement=agreement,
         divergence=divergence,
         tokens=tokens,
-        bytes=text_bytes,
+        bytes=text_bytes or None,
         words=int(words[0]),
     )
 

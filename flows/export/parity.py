@@ -48,7 +48,7 @@ class Parity:
 
 
 @torch.no_grad()
-def compare(scores: nn.Module, program: Scoring, vocab_size: int) -> Parity:
+def compare(scores: nn.Module, program: Scoring, vocab_size: int, longest: int | None = None) -> Parity:
     """Runs both on random ids of several shapes, rows padded left and right by different amounts.
 
     The noise is the largest difference between the candidate in float32 and in float64. Where activations, or keys and
@@ -60,6 +60,7 @@ def compare(scores: nn.Module, program: Scoring, vocab_size: int) -> Parity:
         scores: Ids and mask [batch, length] to next-token scores [batch, vocab], on the CPU, in float32.
         program: The same, exported.
         vocab_size: Number of tokens to draw from.
+        longest: Positions that the candidate has, in tokens; None = any number.
 
     Raises:
         ProgramError: They differ by more than the candidate's own noise explains.
@@ -69,7 +70,7 @@ def compare(scores: nn.Module, program: Scoring, vocab_size: int) -> Parity:
     jittered = [_jittered(scores, seed) for seed in range(JITTERED_TWINS if rounds else 0)]
     differences, noises, jumps = [], [], [torch.zeros(1)]
     largest = 0.0
-    for ids, mask in sample_inputs(vocab_size):
+    for ids, mask in sample_inputs(vocab_size, longest):
         expected = scores(ids, mask)
         found = torch.from_numpy(program.next_token_scores(ids.numpy(), mask.numpy()))
         differences.append((found - expected).abs().amax(-1))
@@ -92,10 +93,11 @@ def compare(scores: nn.Module, program: Scoring, vocab_size: int) -> Parity:
     return Parity(most, tolerance)
 
 
-def sample_inputs(vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def sample_inputs(vocab_size: int, longest: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Random ids and masks, int64 [batch, length], the same ones every time; odd rows padded left, even ones right."""
     generator = torch.Generator().manual_seed(0)
-    for batch, length in SHAPES:
+    for batch, wanted in SHAPES:
+        length = wanted if longest is None else min(wanted, longest)
         ids = torch.randint(vocab_size, (batch, length), generator=generator)
         mask = torch.ones_like(ids)
         for row in range(1, batch):

@@ -1,4 +1,4 @@
-"""Stage: a candidate to an ONNX program of one token's scores, compared with the candidate before it counts."""
+"""Stage: a candidate to an ONNX program of one token's or text's scores, compared with it before it counts."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from flows.data.tokenizer import copy_tokenizer, mask_token_id
 from flows.export.graph import OPSET, export_graph
 from flows.export.parity import compare
 from flows.export.runtime import PROGRAM, Program
+from flows.model.attention import last_places
 from flows.model.decoder import Decoder
 from flows.model.transformers_model import TransformersModel
 
@@ -40,12 +41,6 @@ class NextTokenScores(nn.Module):
         return last_places(attention_mask)
 
 
-def last_places(attention_mask: Tensor) -> Tensor:
-    """Position of the last real token of each row [batch]; mask [batch, length], padding on either side."""
-    order = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
-    return (attention_mask * order).argmax(1)
-
-
 class HiddenTokenScores(NextTokenScores):
     """Scores of each row's first mask token; where a row has none, of its last real token.
 
@@ -62,6 +57,15 @@ class HiddenTokenScores(NextTokenScores):
         """Position in each row whose scores are asked for [batch]."""
         hidden = attention_mask * (input_ids == self.mask_token_id)
         return torch.where(hidden.amax(1) > 0, hidden.argmax(1), super().place(input_ids, attention_mask))
+
+
+class LabelScores(NextTokenScores):
+    """Scores [batch, labels] of what each row's text is."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores [batch, labels] for ids and mask [batch, length], int64; padding on either side."""
+        scores: Tensor = self.model(input_ids, attention_mask)
+        return scores.squeeze(1)
 
 
 def build(directory: Path, config: None, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
@@ -85,7 +89,8 @@ def build(directory: Path, config: None, parents: Mapping[str, Artifact]) -> Map
     export_program(scores, directory / PROGRAM)
     seconds = time.perf_counter() - started
     copy_tokenizer(source, directory)
-    parity = compare(scores, Program(directory), scores.model.vocab_size)
+    longest = scores.model.longest if isinstance(scores.model, TransformersModel) else None
+    parity = compare(scores, Program(directory), scores.model.vocab_size, longest)
     return {
         "program_bytes": sum(path.stat().st_size for path in directory.glob(f"{PROGRAM}*")),
         "parameters": count_parameters(scores.model),
@@ -105,6 +110,8 @@ def scores_of(model: Decoder | TransformersModel, tokenizer_dir: Path) -> NextTo
     """
     if model.family == Family.masked_lm:
         return HiddenTokenScores(model, mask_token_id(tokenizer_dir))
+    if model.family == Family.sequence_classification:
+        return LabelScores(model)
     return NextTokenScores(model)
 
 

@@ -21,10 +21,10 @@ from flows.data.tokenizer import copy_tokenizer
 from flows.export.graph import export_graph
 from flows.export.parity import compare
 from flows.export.parts import DecoderPart, PartsInTurn, share_layers
-from flows.export.program import last_places, scores_of
+from flows.export.program import scores_of
 from flows.export.runtime import PROGRAM
 from flows.export.shipped.pipeline import part_path
-from flows.model.attention import angles, positions, visible_keys
+from flows.model.attention import angles, last_places, positions, visible_keys
 from flows.model.decoder import Decoder
 
 

@@ -110,6 +110,12 @@ def allowed_keys(attention_mask_BL: Tensor | None, document_ids_BL: Tensor | Non
     return allowed_BLL[:, None]
 
 
+def last_places(attention_mask: Tensor) -> Tensor:
+    """Position of the last real token of each row [batch]; mask [batch, length], padding on either side."""
+    order = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+    return (attention_mask * order).argmax(1)
+
+
 def positions(
     input_ids_BL: Tensor, attention_mask_BL: Tensor | None, document_ids_BL: Tensor | None, first: int = 0
 ) -> Tensor:

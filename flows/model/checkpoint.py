@@ -149,17 +149,29 @@ def _effective(config: ModelConfig, field: str) -> object:
     return config.head_dim if field == "attention_head_dim" else getattr(config, field)
 
 
-def load_initial_model(config: ModelConfig, vocab_size: int, section: str = "model") -> Decoder | TransformersModel:
-    """The model that `initial_weights` hold, to be trained; arguments and errors as in `load_initial_weights`."""
+def load_initial_model(
+    config: ModelConfig, vocab_size: int, section: str = "model", labels: Sequence[str] | None = None
+) -> Decoder | TransformersModel:
+    """The model that `initial_weights` hold, to be trained.
+
+    Args:
+        config: The model, with `initial_weights`.
+        vocab_size: Number of tokens.
+        section: As in `check_initial_weights`.
+        labels: Of the texts that it is to classify; see `load_transformers_model`.
+
+    Raises:
+        ConfigError: They are missing, damaged, of another shape or vocabulary, or know other labels.
+    """
     assert config.initial_weights is not None
     if config.architecture == Architecture.decoder:
         model = Decoder(config, vocab_size)
         load_initial_weights(model, config.initial_weights, section)
         return model
     with _as_config_error(config.initial_weights, section):
-        theirs = load_transformers_model(config.initial_weights)
+        theirs = load_transformers_model(config.initial_weights, labels)
         _check_vocabulary(config.initial_weights, theirs.vocab_size, vocab_size, section)
-    return theirs
+    return theirs.train()
 
 
 def load_initial_weights(model: Decoder, directory: Path, section: str = "model") -> None:

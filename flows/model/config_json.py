@@ -150,7 +150,14 @@ def counted_shape(config: ModelConfig) -> ModelConfig:
     """
     if config.architecture == Architecture.decoder:
         return config
-    assert config.initial_weights is not None
+    if config.initial_weights is None:  # a new BERT
+        return replace(
+            config,
+            architecture=Architecture.decoder,
+            family=Family.causal_lm,
+            intermediate_size=round(config.intermediate_size * 2 / 3),
+            num_key_value_heads=config.num_attention_heads,
+        )
     path, found = config.initial_weights / CONFIG, read_json(config.initial_weights)
 
     def number(*names: str) -> int:

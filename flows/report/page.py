@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from flows.artifact import Artifact
 from flows.config import Config, to_plain
+from flows.config.model import Family
 from flows.config.quantize import QuantizeConfig
 from flows.config.steps import StepKind
 from flows.config.training import Objective, TrainingRun
@@ -115,12 +116,13 @@ def _series(config: Config) -> dict[str, int]:
 
 def candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, Markup]:
     """Quality against each cost, by the cost's name; candidates whose loss is no number are left out."""
-    rows = [row for row in metrics["gates"]["candidates"] if math.isfinite(row["bits_per_byte"])]
-    series = _series(config)
-    baselines = {
-        "unigram": metrics["baselines"]["unigram_bits_per_byte"],
-        "xz -9": metrics["baselines"]["xz_bits_per_byte"],
-    }
+    known, series = metrics["baselines"], _series(config)
+    if "frequencies_loss" in known:
+        quality, y_label, baselines = "loss", "loss, nats per text", {"label frequencies": known["frequencies_loss"]}
+    else:
+        quality, y_label = "bits_per_byte", "bits per byte"
+        baselines = {"unigram": known["unigram_bits_per_byte"], "xz -9": known["xz_bits_per_byte"]}
+    rows = [row for row in metrics["gates"]["candidates"] if math.isfinite(row[quality])]
 
     def against(measure: str, divisor: float, x_label: str) -> Markup:
         points = [
@@ -128,7 +130,7 @@ def candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, M
                 gid=f"{measure}-{row['name']}",
                 label=row["name"],
                 x=row[measure] / divisor,
-                y=row["bits_per_byte"],
+                y=row[quality],
                 series=series[row["name"]],
                 quantized=row["kind"] == StepKind.quantize,
                 passed=row["passed"],
@@ -138,7 +140,7 @@ def candidate_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, M
             )
             for row in rows
         ]
-        return plane(points, x_label, "bits per byte", baselines, f"front-{measure}", *FIGURE_SIZE)
+        return plane(points, x_label, y_label, baselines, f"front-{measure}", *FIGURE_SIZE)
 
     return {
         "size": against("program_bytes", 1e6, "program size, MB"),
@@ -190,8 +192,9 @@ def _training_figures(config: Config, metrics: Mapping[str, Any]) -> dict[str, M
                 lines.append(Curve(f"{kind}-{name}", steps, values, series[name], marked))
         return curves(lines, "step", y_label, *size, from_zero="validation_loss" not in kinds)
 
+    unit = "text" if config.model.family == Family.sequence_classification else "token"
     return {
-        "loss": over_steps({"train_loss": False, "validation_loss": True}, "loss, nats per token", WIDE_FIGURE_SIZE),
+        "loss": over_steps({"train_loss": False, "validation_loss": True}, f"loss, nats per {unit}", WIDE_FIGURE_SIZE),
         "learning_rate": over_steps({"learning_rate": False}, "learning rate", FIGURE_SIZE),
         "throughput": over_steps({"tokens_per_s": False}, "tokens per second", FIGURE_SIZE),
         "memory": over_steps({"peak_memory_bytes": False}, "peak memory of a rank, bytes", FIGURE_SIZE),

@@ -20,7 +20,7 @@ from flows.data.packed import Sequences
 from flows.launcher import Heartbeat
 from flows.model.checkpoint import load_initial_model, load_initial_weights, load_layers
 from flows.model.decoder import Decoder, initialize
-from flows.model.transformers_model import named_weights_module
+from flows.model.transformers_model import named_weights_module, new_encoder
 from flows.training.batches import IGNORED, micro_batches, validation_batches
 from flows.training.checkpoint import Checkpoints, TrainingState
 from flows.training.consolidation import consolidate
@@ -73,7 +73,7 @@ def train(job: TrainingJob) -> None:
     )
     cache = None if job.cache_dir is None else TeacherCache(job.cache_dir)
     read_records = None if cache is None else cache.records
-    model = _initial_model(job, index["vocab_size"])
+    model = _initial_model(job, index["vocab_size"], index.get("labels"))
     counts = count_weights(model)
     zeros = GrowingSparsity(model, run.train.sparsify)
     engine = build_engine(with_loss(model, job, cache), run)
@@ -150,7 +150,7 @@ def train(job: TrainingJob) -> None:
 
 
 def evaluate(engine: DeepSpeedEngine, dataset: Sequences, run: TrainingRun, heartbeat: Heartbeat) -> float:
-    """Validation cross-entropy in nats per token, over the same first `eval_tokens` tokens each time.
+    """Validation cross-entropy in nats per token or label, over the same first `eval_tokens` tokens each time.
 
     Args:
         engine: Of this rank; all ranks take part.
@@ -196,9 +196,10 @@ def _evaluate_and_keep_best(
         consolidate(engine, job.best_dir, partial(save_trained, job, trained_module(engine), index))
 
 
-def _initial_model(job: TrainingJob, vocab_size: int) -> nn.Module:
+def _initial_model(job: TrainingJob, vocab_size: int, labels: list[str] | None) -> nn.Module:
     model: nn.Module
     run = job.run
+    torch.manual_seed(run.seed)  # the same new head, or encoder, on every rank
     if job.start_dir is not None:
         model = Decoder(run.model, vocab_size)
         if run.student_layers:
@@ -207,11 +208,13 @@ def _initial_model(job: TrainingJob, vocab_size: int) -> nn.Module:
             load_initial_weights(model, job.start_dir, run.model_section)
         if run.keep_zeros:
             keep_zeros(model)
-    elif run.model.initial_weights is None:
+    elif run.model.initial_weights is not None:
+        model = load_initial_model(run.model, vocab_size, run.model_section, labels)
+    elif labels is not None:
+        model = new_encoder(run.model, vocab_size, labels, run.sequence_length)
+    else:
         model = Decoder(run.model, vocab_size)
         initialize(model, run.seed)
-    else:
-        model = load_initial_model(run.model, vocab_size, run.model_section)
     choose_weights(named_weights_module(model), run.train, run.seed)
     return model
 

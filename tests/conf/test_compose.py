@@ -38,6 +38,7 @@ def test_every_file_composes(path: Path) -> None:
         "four_ranks": ["train.global_batch_size=32", "distill.train.global_batch_size=32"],
         "files": ["data.corpus.paths=[x.txt]"],
         "chat": ["data.corpus.paths=[x.jsonl]"],
+        "labelled": ["data.corpus.paths=[x.jsonl]", "+experiment=classify", "data.corpus.labels=[]"],
         "huggingface": ["data.corpus.dataset=x"],
         "kubernetes": ["launcher.kubernetes.image=registry.example.com/millrace"],
     }
@@ -135,7 +136,7 @@ def test_the_command_line_and_a_deployment_see_the_same_configuration() -> None:
         ("publish.candidate=best", "publish.candidate=best is not a candidate of this run, which makes"),
         ("publish.model_name=a/b", "publish.model_name=a/b must be 1-64 letters"),
         ("verify.lengths=[9999]", r"verify.lengths=\[9999\] must not .* Set verify.lengths=\[1\]"),
-        ("data=nope", "data=nope does not exist. Choose one of: chat, files, huggingface, mixture, stdlib."),
+        ("data=nope", "data=nope does not exist. Choose one of: chat, files, huggingface, labelled, mixture, stdlib."),
         ("+experiment=nope", "experiment=nope does not exist. Choose one of: .*quickstart"),
         ("data=files", "data.corpus.source=files needs at least one path. Set data.corpus.paths"),
         (
@@ -258,11 +259,30 @@ ENCODER = [
     "steps=none",
     "publish.candidate=none",
 ]
+CLASSIFIER = ["+experiment=classify"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ([*CLASSIFIER, "publish.candidate=auto"], "publish.candidate=auto cannot be combined with model.family=seq"),
+        ([*CLASSIFIER, "steps=int8"], r"steps=\['base_int8'\] cannot be combined with model.architecture=transformers"),
+        ([*CLASSIFIER, "model.family=masked_lm"], "needs a model to start from, and model.initial_weights is null"),
+        (
+            [*CLASSIFIER, "data.corpus.format=text", "data.corpus.labels=[]"],
+            r"data.corpus.format=text cannot be combined with .* Set data.corpus.format=labelled",
+        ),
+        (["data.corpus.format=labelled"], "data.corpus.format=labelled cannot be combined with model.family=causal_lm"),
+        (["data.corpus.labels=[a,b]"], r"data.corpus.labels=\['a', 'b'\] are not read with data.corpus.format=text"),
+        ([*CLASSIFIER, "data.corpus.labels=[xml]"], r"data.corpus.labels=\['xml'\] must be two or more"),
+        (
+            [*CLASSIFIER, "+data.mixture.more={corpus: {source: stdlib}}"],
+            "data.corpus.format=labelled cannot be combined with data.mixture",
+        ),
+        (
+            [*CLASSIFIER, "train.lora.rank=4", "model.initial_weights=x", "data.tokenizer.directory=x"],
+            "train.lora.rank=4 cannot be combined with model.family=sequence_classification: .* as it was drawn",
+        ),
         (
             ["train/optimizer=muon", "engine=zero3"],
             "train.optimizer.name=muon cannot be combined with engine.zero_stage=3",

@@ -57,6 +57,8 @@ def test_every_dropped_document_is_counted_and_named(tmp_path: Path, write_files
         "missing field": {"documents": 1, "first": ["lines.jsonl#3"]},
         "not a conversation": {"documents": 0, "first": []},
         "no answer by the assistant": {"documents": 0, "first": []},
+        "missing label": {"documents": 0, "first": []},
+        "unknown label": {"documents": 0, "first": []},
     }
 
 

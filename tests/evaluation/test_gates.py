@@ -215,6 +215,17 @@ def test_a_diverged_model_fails_every_comparison():
     assert len(judged.reasons) == 3
 
 
+def test_labels_have_to_be_told_apart_better_than_by_a_constant_answer():
+    def judged(accuracy: float, **gates) -> Row:
+        one = row("base", bits_per_byte=None, macro_f1=0.4, accuracy=accuracy)
+        (found,) = judge([one], GatesConfig(**gates), baseline=0.5)
+        return found
+
+    assert judged(0.51).passed
+    assert judged(0.5).reasons == ("accuracy 0.5 does not beat the 0.5 of always naming the most frequent label",)
+    assert judged(0.5, beat_unigram=False).passed
+
+
 def test_unigram_gate_can_be_turned_off():
     rows = judge([row("base", bits_per_byte=9.0)], GatesConfig(beat_unigram=False), UNIGRAM)
     assert rows[0].passed
@@ -268,7 +279,7 @@ def test_stage_reads_the_artifacts_of_every_candidate(tmp_path: Path):
     latency = {}
     for name, speed in {"base": 10.0, "base_int8": 6.0}.items():
         quality = {"loss": 2.0, "bits_per_byte": 2.5, "perplexity": 7.4, "accuracy": 0.5, "word_accuracy": None}
-        quality |= {"agreement": 1.0, "divergence": 0.0, "tasks": {"choice acc": 0.25}, "faults": []}
+        quality |= {"macro_f1": None, "agreement": 1.0, "divergence": 0.0, "tasks": {"choice acc": 0.25}, "faults": []}
         parents[f"quality:{name}"] = measured(quality)
         parents[f"program:{name}"] = measured({"parameters": 5, "program_bytes": 16_000_000 if name == "base" else 10})
         latency[name] = {"p50_ms": speed, "p95_ms": 2 * speed, "throughput": {"tokens_per_s": 3.0}}

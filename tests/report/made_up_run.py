@@ -105,6 +105,7 @@ def make_run(
             loss=loss,
             perplexity=math.exp(loss),
             accuracy=0.62 - loss / 25,
+            macro_f1=None,
             bits_per_byte=bits_per_byte[name],
             word_accuracy=0.3 - loss / 50,
             agreement=1.0 if name == "base" else 0.97,
