@@ -74,13 +74,11 @@ def run_chain(config: Config, run: RunStage) -> ChainResult:
         name: run(Stage(f"{name}_program", "flows.export.program", None, {"model": model}))
         for name, model in models.items()
     }
-    compared = {"base": models[BASE], **data}
-    qualities = {
-        name: run(
-            Stage(f"{name}_quality", "flows.evaluation.quality_stage", config.quality(), {"model": model, **compared})
-        )
-        for name, model in models.items()
-    }
+    qualities: dict[str, Artifact] = {}
+    for name, model in models.items():  # the base model first
+        compared = {"base": models[BASE], "base_quality": qualities[BASE]} if qualities else {}
+        parents = {"model": model, **compared, **data}
+        qualities[name] = run(Stage(f"{name}_quality", "flows.evaluation.quality_stage", config.quality(), parents))
     latency = run(Stage("latency", "flows.evaluation.latency", config.evaluate.latency, programs))
     measured = {
         **{f"quality:{name}": quality for name, quality in qualities.items()},

@@ -329,6 +329,7 @@ class Config:
             sequence_length=self.data.sequence_length,
             document_masks=self.data.document_masks,
             mixture=self.data.weights,
+            kept_for_others=bool(self.steps),
         )
 
     def gating(self) -> GatingConfig:

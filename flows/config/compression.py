@@ -115,6 +115,8 @@ class QualityConfig:
     mixture: dict[str, int] = field(default_factory=dict)
     """Weight of each corpus by name; empty = there is one."""
     tasks: TasksConfig = field(default_factory=TasksConfig)
+    kept_for_others: bool = False
+    """Whether there are candidates to compare with the base model, so that what it computed has to be kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

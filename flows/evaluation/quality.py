@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from flows.artifact import Artifact, write_json_atomically
@@ -24,9 +25,11 @@ from flows.data.macro_f1 import by_label, macro_f1
 from flows.data.masking import view_of
 from flows.data.mixture import open_split
 from flows.data.packed import IGNORED, Sequences
+from flows.evaluation.base_states import BaseScores, StatesFile
 from flows.evaluation.sanity import find_faults
 from flows.evaluation.words import WordMarks
-from flows.model.transformers_model import ClassifierModel
+from flows.model.decoder import Decoder
+from flows.model.transformers_model import ClassifierModel, TransformersModel
 
 SCORES_LIMIT = 2**25
 """Scores held at once; bounds memory to a few times 128 MiB at any vocabulary size."""
@@ -67,12 +70,12 @@ class Quality:
 
 
 def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
-    """Writes quality.json; runs on a GPU where there is one.
+    """Writes quality.json and, of the base model, what others are compared with; runs on a GPU where there is one.
 
     Args:
         directory: Where it goes.
         config: How much of the split is read.
-        parents: `model`, `base` (the base model, which `model` may be), `tokens`, `tokenizer`.
+        parents: `model`, `tokens`, `tokenizer`; unless `model` is the base model, `base`, which is, and `base_quality`.
 
     Returns:
         The fields of `Quality`, `parameters`, `tasks` (results of the harness), `by_label` (of a model that
@@ -90,9 +93,7 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
     )
     dataset = open_split(parents["tokens"].path, "test", config.sequence_length, config.document_masks, config.mixture)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    paths = {role: parents[role].path for role in ("model", "base")}
-    models = {path: load_candidate(path, Kernels.auto).to(device) for path in {*paths.values()}}
-    model, base = models[paths["model"]], models[paths["base"]]
+    model = load_candidate(parents["model"].path, Kernels.auto).to(device)
     shown = view_of(model.family, parents["tokenizer"].path)(dataset)
     token_bytes = np.load(parents["tokenizer"].path / "token_bytes.npy")
     sequences = config.max_tokens // config.sequence_length
@@ -101,7 +102,10 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
     marks = WordMarks.of(parents["tokenizer"].path, token_bytes) if goes_on else None
     labels = model.labels if isinstance(model, ClassifierModel) else []
     confusion = np.zeros((len(labels), len(labels)), np.int64) if labels else None
-    quality = measure_quality(model, base, shown, sequences, batch_size, token_bytes, marks, confusion)
+    base = _base_scores(parents, device)
+    keeps = base is None and config.kept_for_others
+    with StatesFile(directory) if keeps else nullcontext() as states:
+        quality = measure_quality(model, base, shown, sequences, batch_size, token_bytes, marks, confusion, states)
     prompts = np.stack([shown.row(int(index)).input_ids_L[:PROMPT_TOKENS] for index in shown.first(PROMPTS)])
     faults = find_faults(model, torch.from_numpy(prompts).to(next(model.parameters()).device), goes_on)
     metrics = {
@@ -115,6 +119,14 @@ def build(directory: Path, config: QualityConfig, parents: Mapping[str, Artifact
     return metrics
 
 
+def _base_scores(parents: Mapping[str, Artifact], device: str) -> BaseScores | None:
+    if "base" not in parents:
+        return None
+    head = load_candidate(parents["base"].path, Kernels.auto).lm_head.to(device)
+    measured = parents["base_quality"]
+    return BaseScores(measured.path, head, measured.metrics["tokens"])
+
+
 def _tasks(model: nn.Module, config: QualityConfig, parents: Mapping[str, Artifact]) -> dict[str, float]:
     tasks = config.tasks
     if tasks.directory is None:
@@ -126,26 +138,28 @@ def _tasks(model: nn.Module, config: QualityConfig, parents: Mapping[str, Artifa
 
 @torch.no_grad()
 def measure_quality(
-    model: nn.Module,
-    base: nn.Module,
+    model: Decoder | TransformersModel,
+    base: BaseScores | None,
     dataset: Sequences,
     sequences: int,
     batch_size: int,
     token_bytes: NDArray[Any],
     marks: WordMarks | None,
     confusion_CC: NDArray[np.int64] | None = None,
+    states: StatesFile | None = None,
 ) -> Quality:
     """Quality over `dataset`; every token but the first of a sequence, or of a document told apart, is predicted once.
 
     Args:
         model: Ids [B, L] to scores [B, L, V].
-        base: What it is compared with, of the same vocabulary; the model itself is not run twice.
+        base: What it is compared with, measured before on the same sequences; None = the model is the base model.
         dataset: Sequences of L + 1 tokens.
         sequences: At most how many of them.
         batch_size: How many at once.
         token_bytes: UTF-8 bytes that each token stands for [V].
         marks: Which tokens begin a word; None = single tokens are predicted, not words.
         confusion_CC: Where it is counted which labels were taken for which others, if labels are predicted.
+        states: Takes what other models will be compared with.
     """
     device = next(model.parameters()).device
     total = torch.zeros(4, dtype=torch.float64)
@@ -158,15 +172,14 @@ def measure_quality(
             inputs, targets, documents = (np.stack(part) for part in zip(*rows, strict=True))
             masks = {"document_ids_BL": torch.from_numpy(documents).to(device)} if documents.any() else {}
             ids, expected = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
-            scores = model(ids, **masks)
-            reference = scores if base is model else base(ids, **masks)
-            total += _sums(scores, reference, expected)
+            places = (expected.flatten() != IGNORED).nonzero().squeeze(-1)
+            scores = model(ids, **masks) if states is None else states.run(model, ids, masks, places)
+            total += _sums(scores.flatten(0, 1), expected.flatten(), places, base, tokens)
             if marks is not None:
                 words += marks.count(targets, (scores.argmax(-1) == expected).cpu().numpy())
-            predicted = targets[targets != IGNORED]
-            tokens += predicted.size
+            tokens += len(places)
             if confusion_CC is None:
-                text_bytes += int(token_bytes[predicted].sum(dtype=np.int64))
+                text_bytes += int(token_bytes[targets[targets != IGNORED]].sum(dtype=np.int64))
             else:
                 np.add.at(confusion_CC, (targets[:, 0], scores.argmax(-1)[:, 0].cpu().numpy()), 1)
             progress.update(len(rows))
@@ -180,29 +193,33 @@ def measure_quality(
         macro_f1=None if confusion_CC is None else macro_f1(confusion_CC),
         bits_per_byte=loss * tokens / math.log(2) / text_bytes if text_bytes else None,
         word_accuracy=float(words[1] / words[0]) if words[0] else None,
-        agreement=agreement,
-        divergence=divergence,
+        agreement=1.0 if base is None else agreement,
+        divergence=0.0 if base is None else divergence,
         tokens=tokens,
         bytes=text_bytes or None,
         words=int(words[0]),
     )
 
 
-def _sums(scores: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-    """Over the tokens to predict: loss, hits, agreement with the reference, and divergence from it, float64 [4]."""
-    expected, all_mine, all_theirs = targets.flatten(), scores.flatten(0, 1), reference.flatten(0, 1)
+def _sums(scores: Tensor, expected: Tensor, places: Tensor, base: BaseScores | None, measured: int) -> Tensor:
+    """Over tokens to predict: loss, hits, agreement with the base model, and divergence from it, float64 [4].
+
+    Args:
+        scores: Of all tokens [B x L, V].
+        expected: Tokens to predict [B x L].
+        places: Where there are such.
+        base: What is compared with; None = the last two sums are 0.
+        measured: How many tokens the batches before have predicted.
+    """
     total = torch.zeros(4, dtype=torch.float64)
-    chosen = (expected != IGNORED).nonzero().squeeze(-1)
-    for start in range(0, len(chosen), CHUNK_TOKENS):
-        part = chosen[start : start + CHUNK_TOKENS]
-        mine, theirs, wanted = all_mine[part].float(), all_theirs[part].float(), expected[part]
-        log_q, log_p = log_softmax(mine, -1), log_softmax(theirs, -1)
-        first = mine.argmax(-1)
-        found = (
-            cross_entropy(mine, wanted, reduction="none"),
-            first == wanted,
-            first == theirs.argmax(-1),
-            (log_p.exp() * (log_p - log_q)).sum(-1),
-        )
-        total += torch.stack([one.double().sum() for one in found]).cpu()
+    for start in range(0, len(places), CHUNK_TOKENS):
+        part = places[start : start + CHUNK_TOKENS]
+        mine, wanted = scores[part].float(), expected[part]
+        log_q, first = log_softmax(mine, -1), mine.argmax(-1)
+        found = [-log_q.gather(-1, wanted[:, None]), first == wanted]
+        if base is not None:
+            theirs = base.of(measured + start, len(part)).float()
+            log_p = log_softmax(theirs, -1)
+            found += [first == theirs.argmax(-1), (log_p.exp() * (log_p - log_q)).sum(-1)]
+        total[: len(found)] += torch.stack([one.double().sum() for one in found]).cpu()
     return total

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from flows.config import ConfigError
 from flows.config.compression import QualityConfig
 from flows.config.model import ModelConfig
 from flows.config.quantize import QuantizeConfig, QuantizingConfig
-from flows.data.packed import PackedDataset
+from flows.data.packed import IGNORED, PackedDataset, Row
 from flows.evaluation import quality
+from flows.evaluation.base_states import STATES, BaseScores, StatesFile
 from flows.evaluation.quality import Quality, measure_quality
 from flows.evaluation.words import WordMarks
 from flows.model.checkpoint import save_decoder
@@ -57,8 +59,7 @@ def parents(tmp_path: Path) -> dict[str, Artifact]:
     save_decoder(tmp_path / "model", model.state_dict(), CONFIG, VOCAB, LENGTH, 0)
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     (tmp_path / "quality").mkdir()
-    named = {name: artifact(tmp_path / name) for name in ("model", "tokens", "tokenizer")}
-    return {**named, "base": named["model"]}
+    return {name: artifact(tmp_path / name) for name in ("model", "tokens", "tokenizer")}
 
 
 def stream(parents) -> np.ndarray:
@@ -66,9 +67,16 @@ def stream(parents) -> np.ndarray:
     return np.concatenate([np.fromfile(file, "<u2") for file in files]).astype(np.int64)
 
 
-def measured(model, dataset, sequences, batch_size, token_bytes, base=None) -> Quality:
+def measured(model, dataset, sequences, batch_size, token_bytes, base=None, states=None) -> Quality:
     marks = WordMarks(np.arange(VOCAB) % 3 == 0, np.ones(VOCAB, bool))
-    return measure_quality(model, base or model, dataset, sequences, batch_size, token_bytes, marks)
+    return measure_quality(model, base, dataset, sequences, batch_size, token_bytes, marks, states)
+
+
+class _FiveLeftOut(PackedDataset):
+    def row(self, index: int) -> Row:
+        row = super().row(index)
+        left_out = (index == 4) & (np.arange(LENGTH) >= LENGTH - 5)
+        return row._replace(targets_L=np.where(left_out, IGNORED, row.targets_L))
 
 
 def test_measures_follow_their_definitions(tmp_path, parents):
@@ -106,8 +114,8 @@ def test_a_model_that_knows_nothing_has_the_entropy_of_the_vocabulary(parents):
     assert found.bits_per_byte == pytest.approx(math.log2(VOCAB) / 2, rel=1e-6)
 
 
-def test_distance_from_the_base_model_follows_its_definition(parents, monkeypatch):
-    """Against sums in float64; in chunks of any size, without holding all scores."""
+def test_distance_from_the_base_model_follows_its_definition(tmp_path, parents, monkeypatch):
+    """Against sums in float64; in batches and chunks of any size, without holding all scores."""
     base, model = (load_candidate(parents["model"].path) for _ in range(2))
     generator = torch.Generator().manual_seed(1)
     for weight in model.parameters():
@@ -119,14 +127,33 @@ def test_distance_from_the_base_model_follows_its_definition(parents, monkeypatc
     expected = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     agreement = float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean())
     assert 0 < agreement < 1
-    for chunk in (7, 256):
+    with StatesFile(tmp_path) as states:
+        own = measured(base, dataset, 20, 3, np.ones(VOCAB, int), states=states)
+    assert (own.divergence, own.agreement) == (0.0, 1.0)
+    assert own == measured(base, dataset, 20, 3, np.ones(VOCAB, int))
+    for chunk, batch_size in ((7, 3), (256, 5)):
         monkeypatch.setattr(quality, "CHUNK_TOKENS", chunk)
-        found = measured(model, dataset, 20, 3, np.ones(VOCAB, int), base)
+        found = measured(
+            model, dataset, 20, batch_size, np.ones(VOCAB, int), BaseScores(tmp_path, base.lm_head, own.tokens)
+        )
         # log-probabilities near ln 260 in float32, of which differences are taken: 2^-24 x ln 260 x a few operations
         assert found.divergence == pytest.approx(expected, abs=4e-6)
         assert found.agreement == agreement
-    own = measured(base, dataset, 20, 3, np.ones(VOCAB, int))
-    assert (own.divergence, own.agreement) == (0.0, 1.0)
+
+
+def test_what_is_kept_of_the_base_model_is_exact(tmp_path, parents):
+    """As large as the states in float32 and no larger; compared with itself it differs by rounding errors alone."""
+    base = load_candidate(parents["model"].path)
+    dataset = _FiveLeftOut(parents["tokens"].path, "test", LENGTH)
+    with StatesFile(tmp_path) as states:
+        own = measured(base, dataset, 20, 3, np.ones(VOCAB, int), states=states)
+    assert own.tokens == 20 * LENGTH - 5
+    assert (tmp_path / STATES).stat().st_size == own.tokens * CONFIG.hidden_size * 4
+    again = measured(base, dataset, 20, 3, np.ones(VOCAB, int), BaseScores(tmp_path, base.lm_head, own.tokens))
+    assert again.agreement == 1.0
+    assert again.loss == own.loss
+    # sums of 32 products in another order move a score by 32 ulp of 1 at most, and KL by twice as much
+    assert abs(again.divergence) <= 2 * 32 * 2**-24
 
 
 def test_words_are_counted_over_all_rows(parents):
@@ -168,8 +195,10 @@ def test_int8_is_measured_by_the_same_stage(tmp_path, parents):
     config = QuantizingConfig(quantize=QuantizeConfig(), sequence_length=32)
     quantize.build(tmp_path / "int8", config, {"model": parents["model"]})
     config = QualityConfig(max_tokens=320, sequence_length=LENGTH)
-    floating = quality.build(tmp_path / "quality", config, parents)
-    int8 = quality.build(tmp_path / "quality", config, {**parents, "model": artifact(tmp_path / "int8")})
+    floating = quality.build(tmp_path / "quality", replace(config, kept_for_others=True), parents)
+    base = {"base": parents["model"], "base_quality": replace(artifact(tmp_path / "quality"), metrics=floating)}
+    int8 = quality.build(tmp_path / "int8", config, {**parents, **base, "model": artifact(tmp_path / "int8")})
+    assert not (tmp_path / "int8" / STATES).exists()
     assert int8["loss"] != floating["loss"]
     assert int8["loss"] == pytest.approx(floating["loss"], rel=0.01)
     assert int8["parameters"] == floating["parameters"]

@@ -179,7 +179,7 @@ def assert_measured_and_exported(model: Artifact, tokens: Artifact, tokenizer: A
     for name in ("quality", "program"):
         (tmp_path / name).mkdir()
     config = QualityConfig(max_tokens=320, sequence_length=SEQUENCE_LENGTH, document_masks=True)
-    parents = {"model": model, "base": model, "tokens": tokens, "tokenizer": tokenizer}
+    parents = {"model": model, "tokens": tokens, "tokenizer": tokenizer}
     measured = quality.build(tmp_path / "quality", config, parents)
     test = view_of(Family.masked_lm, tokenizer.path)(open_split(tokens.path, "test", SEQUENCE_LENGTH, True, {}))
     rows = [test.row(int(index)) for index in test.first(20)]

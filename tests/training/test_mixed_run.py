@@ -72,7 +72,7 @@ def test_the_mixture_is_trained_measured_and_proven(
     assert json.loads((base / "tokenizer_config.json").read_text())["chat_template"]
 
     config = QualityConfig(max_tokens=10**5, sequence_length=32, document_masks=True, mixture=weights)
-    parents = {name: made[name] for name in ("tokens", "tokenizer")} | {"model": made["base"], "base": made["base"]}
+    parents = {name: made[name] for name in ("tokens", "tokenizer")} | {"model": made["base"]}
     (tmp_path / "quality").mkdir()
     measured = quality.build(tmp_path / "quality", config, parents)
     test = open_split(made["tokens"].path, "test", 32, True, weights)
