@@ -69,7 +69,7 @@ def stream(parents) -> np.ndarray:
 
 def measured(model, dataset, sequences, batch_size, token_bytes, base=None, states=None) -> Quality:
     marks = WordMarks(np.arange(VOCAB) % 3 == 0, np.ones(VOCAB, bool))
-    return measure_quality(model, base, dataset, sequences, batch_size, token_bytes, marks, states)
+    return measure_quality(model, base, dataset, sequences, batch_size, token_bytes, marks, states=states)
 
 
 class _FiveLeftOut(PackedDataset):
