@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +33,7 @@ needs_haproxy = pytest.mark.skipif(
 NAMES = ["replica-1", "replica-2", "replica-3"]
 GENERATE = "/v2/models/m_text/generate"
 INFER = "/v2/models/m/infer"
+PATIENCE_S = 60
 
 
 @dataclass
@@ -44,7 +46,9 @@ class Upstream:
 
 
 @contextmanager
-def upstream(name: str, dies: threading.Event | None = None) -> Iterator[Upstream]:
+def upstream(
+    name: str, dies: threading.Event | None = None, answers: threading.Event | None = None
+) -> Iterator[Upstream]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -53,6 +57,8 @@ def upstream(name: str, dies: threading.Event | None = None) -> Iterator[Upstrea
             if dies is not None and dies.is_set():
                 self.close_connection = True  # it took the request and goes without an answer
                 return
+            if answers is not None:
+                answers.wait(PATIENCE_S)
             body = json.dumps({"name": "opened" if ADMIN_HEADER in self.headers else name}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -148,6 +154,25 @@ def test_a_request_whose_server_dies_is_repeated_elsewhere(tmp_path: Path) -> No
         assert {post(proxy, INFER, {}) for _ in range(6)} == {NAMES[0], NAMES[1]}, "one refuses connections"
         dies.set()
         assert {post(proxy, INFER, {}) for _ in range(6)} == {NAMES[1]}
+
+
+@needs_haproxy
+@pytest.mark.parametrize("dead", NAMES[:2])
+def test_a_busy_replica_takes_the_texts_of_a_dead_one(tmp_path: Path, dead: str) -> None:
+    answers = threading.Event()
+    alive = next(name for name in NAMES[:2] if name != dead)
+    texts = 24
+    with ExitStack() as running:
+        proxy = running.enter_context(Proxy(settings(tmp_path / "proxy"), tmp_path / "proxy.log"))
+        proxy.switch_on(alive, running.enter_context(upstream(alive, answers=answers)))  # type: ignore[arg-type]
+        proxy.switch_on(dead, Upstream(f"127.0.0.1:{free_port()}"))  # type: ignore[arg-type]
+        with ThreadPoolExecutor(texts) as clients:
+            asked = [clients.submit(post, proxy, GENERATE, {"text_input": f"{number} " * 50}) for number in range(texts)]
+            # all of them wait with the one that lives, which is more than its share of two
+            while proxy.in_flight(alive) < texts and not any(one.done() for one in asked):
+                pass
+            answers.set()
+            assert [one.result() for one in asked] == [alive] * texts
 
 
 @needs_haproxy
