@@ -51,8 +51,8 @@ ERRORS = {
     400: "This is no HTTP request that can be passed on.",
     408: f"The request did not arrive within {LONGEST_BODY_S} s.",
     500: "The proxy failed. Ask again.",
-    502: "The server ended before it had answered, and the request was not repeated on another one, because its body is "
-    f"longer than {BUFFER_BYTES} bytes or because others ended, too. Ask again.",
+    502: "The server ended before it had answered, and the request was not repeated on another one: its body is longer "
+    f"than {BUFFER_BYTES} bytes, or others ended, too. Ask again.",
     503: "No server takes requests at the moment. Ask again.",
     504: f"The server did not answer within {LONGEST_ANSWER_S} s.",
 }

@@ -167,7 +167,9 @@ def test_a_busy_replica_takes_the_texts_of_a_dead_one(tmp_path: Path, dead: str)
         proxy.switch_on(alive, running.enter_context(upstream(alive, answers=answers)))  # type: ignore[arg-type]
         proxy.switch_on(dead, Upstream(f"127.0.0.1:{free_port()}"))  # type: ignore[arg-type]
         with ThreadPoolExecutor(texts) as clients:
-            asked = [clients.submit(post, proxy, GENERATE, {"text_input": f"{number} " * 50}) for number in range(texts)]
+            asked = [
+                clients.submit(post, proxy, GENERATE, {"text_input": f"{number} " * 50}) for number in range(texts)
+            ]
             # all of them wait with the one that lives, which is more than its share of two
             while proxy.in_flight(alive) < texts and not any(one.done() for one in asked):
                 pass
