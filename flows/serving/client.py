@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 TIMEOUT_S = 120.0
 BROKEN = "StatusCode.UNAVAILABLE"
 """Status of an answer that broke off, over gRPC also before its first piece; refusals of the models have others."""
+CUT = "StatusCode.CANCELLED"
+"""Status that a proxy gives a gRPC stream which had begun when its server went away; who waits has not cancelled it."""
 SHOWN_BYTES = 200
 """So much of an answer that is no JSON is told."""
 TYPES = {
@@ -222,14 +224,13 @@ class Client:
                 pieces, ended = pieces + 1, bool(answer["finish_reason"])
                 yield answer
             if not ended:
-                told = f"{_status_of(response)}: the answer broke off after {pieces} pieces. Ask again."
-                raise tritonclient.utils.InferenceServerException(told, status=BROKEN)
+                raise _broken_off(pieces, _status_of(response))
         finally:
             connection.close()
 
     def _ask_grpc(self, model: str, version: str, inputs: Mapping[str, Any]) -> Generator[dict[str, Any]]:
         answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
-        ended = False
+        pieces, ended = 0, False
         self._client.start_stream(lambda result, error: answers.put((result, error)))
         try:
             self._client.async_stream_infer(model, self._tensors(as_arrays(inputs)), model_version=version)
@@ -237,9 +238,9 @@ class Client:
                 result, error = answers.get(timeout=TIMEOUT_S)
                 if error is not None:
                     ended = True
-                    raise error
+                    raise _named(error, pieces)
                 answer = as_values(result)
-                ended = bool(answer["finish_reason"])
+                pieces, ended = pieces + 1, bool(answer["finish_reason"])
                 yield answer
         finally:
             self._client.stop_stream(cancel_requests=not ended)
@@ -288,6 +289,20 @@ class Client:
             tensor.set_data_from_numpy(values)
             tensors.append(tensor)
         return tensors
+
+
+def _broken_off(pieces: int, told: str) -> Exception:
+    told = f"The answer broke off after {pieces} pieces ({told}). Ask again."
+    error: Exception = tritonclient.utils.InferenceServerException(told, status=BROKEN)
+    return error
+
+
+def _named(error: Exception, pieces: int) -> Exception:
+    """The error of a gRPC stream, or that the answer broke off, where its words do not say so."""
+    is_cut = isinstance(error, tritonclient.utils.InferenceServerException) and (
+        error.status() == CUT or (pieces > 0 and error.status() == BROKEN)
+    )
+    return _broken_off(pieces, error.message()) if is_cut else error
 
 
 def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:

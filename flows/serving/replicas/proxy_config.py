@@ -14,9 +14,9 @@
   whole: inference changes nothing, also where it draws without a seed, so doing it twice harms nobody. Each refusal
   takes a server out, so the number of repeats reaches the last replica that lives.
 - **Not repeated** are answers that have begun, because their reader has seen a part: over HTTP/1.1 they end without the
-  last chunk, over HTTP/2 with a reset, and in gRPC with UNAVAILABLE; requests of more than `BUFFER_BYTES`, which the
-  proxy cannot keep (502); and gRPC streams, which may go on (UNAVAILABLE). Their clients may repeat them. Ours say what
-  broke off, and the release drill's ask again for what had not begun.
+  last chunk, over HTTP/2 with a reset, which gRPC calls CANCELLED; requests of more than `BUFFER_BYTES`, which the
+  proxy cannot keep (502); and gRPC streams, which may go on (UNAVAILABLE). Their clients may repeat them. Ours say that
+  the answer broke off and after how much of it; our OpenAI interface asks again for what had not begun.
 - **Errors** of the proxy's own are JSON like the server's, and say whether asking again helps. What failed or was
   repeated stands in the proxy's log, with HAProxy's word for how it ended, and no text of a user.
 - **Closed.** What changes or asks one server instead of the service: loading, shared memory, tracing, logging,
