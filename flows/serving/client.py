@@ -7,7 +7,7 @@ import http.client
 import json
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from queue import SimpleQueue
@@ -21,7 +21,11 @@ from numpy.typing import NDArray
 
 TIMEOUT_S = 120.0
 BROKEN = "StatusCode.UNAVAILABLE"
-"""Status of a gRPC stream whose server went away; refusals of the models have none."""
+"""Status of an answer that broke off, over gRPC also before its first piece; refusals of the models have others."""
+CUT = "StatusCode.CANCELLED"
+"""Status that a proxy gives a gRPC stream which had begun when its server went away; who waits has not cancelled it."""
+SHOWN_BYTES = 200
+"""So much of an answer that is no JSON is told."""
 TYPES = {
     "input_ids": np.int64,
     "max_tokens": np.int32,
@@ -169,7 +173,8 @@ class Client:
         Whoever stops iterating closes the connection, which cancels the request.
 
         Raises:
-            tritonclient.utils.InferenceServerException: The server refuses the request.
+            tritonclient.utils.InferenceServerException: The server refuses the request; or, with the status `BROKEN`,
+                the answer broke off, however many pieces of it have come.
         """
         inputs: dict[str, Any] = {"text_input": text, "stream": stream, **(options or {})}
         if stop:
@@ -211,18 +216,21 @@ class Client:
         try:
             connection.request("POST", path, json.dumps(inputs), {"Content-Type": "application/json"})
             response = connection.getresponse()
-            for line in response:
-                answer = json.loads(line.removeprefix(b"data: ")) if line.strip() else None
-                if answer is not None and "error" in answer:
+            pieces, ended = 0, False
+            for line in _lines(response):
+                answer = _read_json(line, response)
+                if "error" in answer:
                     raise tritonclient.utils.InferenceServerException(answer["error"], status=str(response.status))
-                if answer is not None:
-                    yield answer
+                pieces, ended = pieces + 1, bool(answer["finish_reason"])
+                yield answer
+            if not ended:
+                raise _broken_off(pieces, _status_of(response))
         finally:
             connection.close()
 
     def _ask_grpc(self, model: str, version: str, inputs: Mapping[str, Any]) -> Generator[dict[str, Any]]:
         answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
-        ended = False
+        pieces, ended = 0, False
         self._client.start_stream(lambda result, error: answers.put((result, error)))
         try:
             self._client.async_stream_infer(model, self._tensors(as_arrays(inputs)), model_version=version)
@@ -230,9 +238,9 @@ class Client:
                 result, error = answers.get(timeout=TIMEOUT_S)
                 if error is not None:
                     ended = True
-                    raise error
+                    raise _named(error, pieces)
                 answer = as_values(result)
-                ended = bool(answer["finish_reason"])
+                pieces, ended = pieces + 1, bool(answer["finish_reason"])
                 yield answer
         finally:
             self._client.stop_stream(cancel_requests=not ended)
@@ -281,6 +289,41 @@ class Client:
             tensor.set_data_from_numpy(values)
             tensors.append(tensor)
         return tensors
+
+
+def _broken_off(pieces: int, told: str) -> Exception:
+    told = f"The answer broke off after {pieces} pieces ({told}). Ask again."
+    error: Exception = tritonclient.utils.InferenceServerException(told, status=BROKEN)
+    return error
+
+
+def _named(error: Exception, pieces: int) -> Exception:
+    """The error of a gRPC stream, or that the answer broke off, where its words do not say so."""
+    is_cut = isinstance(error, tritonclient.utils.InferenceServerException) and (
+        error.status() == CUT or (pieces > 0 and error.status() == BROKEN)
+    )
+    return _broken_off(pieces, error.message()) if is_cut else error
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Lines with something in them; none more once the connection has broken."""
+    with suppress(ConnectionError, http.client.HTTPException):
+        yield from (line for line in response if line.strip())
+
+
+def _read_json(line: bytes, response: http.client.HTTPResponse) -> dict[str, Any]:
+    try:
+        answer = json.loads(line.removeprefix(b"data: "))
+        if isinstance(answer, dict):
+            return answer
+    except ValueError:
+        pass
+    told = f"{_status_of(response)}, with what is no JSON object: {line[:SHOWN_BYTES].decode(errors='replace')!r}"
+    raise tritonclient.utils.InferenceServerException(told, status=str(response.status))
+
+
+def _status_of(response: http.client.HTTPResponse) -> str:
+    return f"HTTP {response.status} {response.reason}"
 
 
 def given_text(text: str | Sequence[int]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Load:
                 prompt = PROMPTS[number % len(PROMPTS)]
                 return client.generate(text, prompt, options={"max_tokens": NEW_TOKENS}).version
             except InferenceServerException as error:
-                if error.status() != BROKEN or repeats == MAX_REPEATS:
+                if client.transport is not Transport.grpc or error.status() != BROKEN or repeats == MAX_REPEATS:
                     raise
                 with self._changed:
                     self.repeated += 1

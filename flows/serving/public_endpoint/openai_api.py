@@ -24,7 +24,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from grpc.aio import AioRpcError
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from flows.serving.client import BROKEN, as_arrays, as_values, given_text
+from flows.serving.client import BROKEN, CUT, as_arrays, as_values, given_text
 from flows.serving.public_endpoint.chat_prompt import ChatPrompt, ControlTokenError
 from flows.serving.public_endpoint.openai_answers import (
     Form,
@@ -246,7 +246,10 @@ async def _ask(address: str, model: str, inputs: Sequence[dict[str, Any]]) -> As
                 if error is None:
                     yield read_piece(int(result.get_response().id), as_values(result))
         except AioRpcError as error:  # the connection itself
-            raise InferenceServerException(str(error.details()), str(error.code())) from error
+            if str(error.code()) not in (BROKEN, CUT):
+                raise InferenceServerException(str(error.details()), str(error.code())) from error
+            told = f"The answer broke off, because the server went away: {error.details()}. Ask again."
+            raise InferenceServerException(told, BROKEN) from error
         except BaseException:
             responses.cancel()
             raise

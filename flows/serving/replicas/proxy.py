@@ -129,7 +129,7 @@ class Proxy:
     def in_rotation(self) -> set[str]:
         """Names of the live version's servers that get requests."""
         rows = [row for row in self._statistics() if row["# pxname"] == backend_name(Pool.live, "http")]
-        return {row["svname"] for row in rows if row["status"] == "no check"}
+        return {row["svname"] for row in rows if row["svname"] != "BACKEND" and row["status"].startswith("UP")}
 
     def answers(self, pool: Pool) -> tuple[int, int]:
         """HTTP requests that the pool answered so far, and how many of them with an error of the server's."""

@@ -6,12 +6,19 @@
 - **Affinity.** Requests with the same `x-session`, or else texts with the same beginning, go to the same replica by a
   consistent hash with bounded loads (arXiv:1608.01350), because it holds the keys and values of that beginning. Token
   ids to score go round.
-- **Health.** No check of the proxy's own: the server says "ready" with dead models. The replicas' supervisors, which
-  infer, switch servers on and off through the admin socket.
-- **Repeated** on another replica are requests whose connection was refused, or closed before the first byte of the
-  answer: inference changes nothing, so doing it twice harms nobody. Not repeated are answers that have begun (their
-  reader has seen a part), requests of more than `BUFFER_BYTES`, which the proxy cannot keep, and gRPC streams, which
-  may go on: their clients see UNAVAILABLE, as gRPC means it, and repeat what was not answered. Ours do.
+- **Health.** The server says "ready" with dead models, so the replicas' supervisors, which infer, switch servers on and
+  off through the admin socket. Until they have noticed a death the proxy helps itself: a server that refuses a
+  connection gets no more requests until it takes one. Else those that wait for it would be sent to it again and again,
+  because the others already have more than their share of the load, and no server is left out for having failed.
+- **Repeated** on another replica are requests whose connection was refused, or ended before the head of the answer was
+  whole: inference changes nothing, also where it draws without a seed, so doing it twice harms nobody. Each refusal
+  takes a server out, so the number of repeats reaches the last replica that lives.
+- **Not repeated** are answers that have begun, because their reader has seen a part: over HTTP/1.1 they end without the
+  last chunk, over HTTP/2 with a reset, which gRPC calls CANCELLED; requests of more than `BUFFER_BYTES`, which the
+  proxy cannot keep (502); and gRPC streams, which may go on (UNAVAILABLE). Their clients may repeat them. Ours say that
+  the answer broke off and after how much of it; our OpenAI interface asks again for what had not begun.
+- **Errors** of the proxy's own are JSON like the server's, and say whether asking again helps. What failed or was
+  repeated stands in the proxy's log, with HAProxy's word for how it ended, and no text of a user.
 - **Closed.** What changes or asks one server instead of the service: loading, shared memory, tracing, logging,
   statistics; the header that would open it is taken off. With a file of keys, requests without one of them.
 """
@@ -33,10 +40,23 @@ DRAWS = 10_000
 """The share of a canary is exact to one part of so many."""
 LONGEST_ANSWER_S = 600
 LONGEST_BODY_S = 60
-RETRIES = 5
+RETRIES = 3
+"""Of a request, besides one for each replica."""
+RECOVERY_MS = 500
+"""How often a server that refused a connection is tried again."""
 LOAD_BOUND_PERCENT = 150
 """No replica gets more than this share of the mean load for the sake of affinity."""
 CANDIDATE = "candidate"
+ERRORS = {
+    400: "This is no HTTP request that can be passed on.",
+    408: f"The request did not arrive within {LONGEST_BODY_S} s.",
+    500: "The proxy failed. Ask again.",
+    502: "The server ended before it had answered, and the request was not repeated on another one: its body is longer "
+    f"than {BUFFER_BYTES} bytes, or others ended, too. Ask again.",
+    503: "No server takes requests at the moment. Ask again.",
+    504: f"The server did not answer within {LONGEST_ANSWER_S} s.",
+}
+"""What the proxy itself answers, by status."""
 HTTP_PATHS = (
     r"^/v2(/health/(live|ready)|/models/[^/]+(/versions/[0-9]+)?"
     r"(/ready|/config|/infer|/generate|/generate_stream)?)?/?$"
@@ -117,6 +137,7 @@ def render(settings: ProxySettings) -> str:
 
 
 def _globals(settings: ProxySettings) -> str:
+    errors = "\n".join(f"  http-error status {status} {_as_json(told)}" for status, told in ERRORS.items())
     return f"""\
 global
   maxconn {MAX_CONNECTIONS}
@@ -128,29 +149,36 @@ global
 defaults
   mode http
   log global
+  option httplog
+  option dontlog-normal
+  option log-separate-errors
   timeout connect 2s
-  timeout http-request 60s
+  timeout http-request {LONGEST_BODY_S}s
   timeout client {LONGEST_ANSWER_S}s
   timeout server {LONGEST_ANSWER_S}s
   timeout queue 60s
   timeout tunnel {LONGEST_ANSWER_S}s
   option redispatch 1
   option http-no-delay
-  retries {RETRIES}
-  retry-on conn-failure empty-response
+  retries {RETRIES + len(settings.replicas)}
+  retry-on conn-failure empty-response junk-response
+{errors}
 """
+
+
+def _as_json(error: str) -> str:
+    return f'content-type application/json string "{{\\"error\\":\\"{error}\\"}}"'
 
 
 def _guard(settings: ProxySettings, paths: str) -> list[str]:
     """Rules that refuse what has no key, and what concerns one server."""
-    refuse = 'http-request return status {} content-type application/json string "{{\\"error\\":\\"{}\\"}}" {}'
     rules = []
     if settings.has_keys:
         known = f"{{ req.hdr(authorization),sha2(256),hex -m str -i -f {settings.key_digests} }}"
         told = "The Authorization header holds none of the keys that may use this."
-        rules.append(refuse.format(401, told, f"unless {known}"))
+        rules.append(f"http-request return status 401 {_as_json(told)} unless {known}")
     told = "Not offered here: it would reach one of several servers."
-    return [*rules, refuse.format(403, told, f"unless {{ path -m reg '{paths}' }}")]
+    return [*rules, f"http-request return status 403 {_as_json(told)} unless {{ path -m reg '{paths}' }}"]
 
 
 def _frontend(
@@ -195,6 +223,8 @@ backend {backend_name(pool, protocol)}
   hash-type consistent
   hash-balance-factor {LOAD_BOUND_PERCENT}
   option allbackups
+  default-server check inter 1h downinter {RECOVERY_MS}ms fastinter {RECOVERY_MS}ms rise 1 fall 1
+  default-server observe layer4 error-limit 1 on-error mark-down
   http-response set-header x-served-by %b/%s
 {lines}
 """

@@ -9,8 +9,10 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from http.client import IncompleteRead
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from flows.serving.installation import ServerError
 from flows.serving.releases.served_view import Pool
 from flows.serving.replicas import proxy as proxy_module
 from flows.serving.replicas.proxy import Proxy, check_proxy_available
-from flows.serving.replicas.proxy_config import CANDIDATE, ProxySettings
+from flows.serving.replicas.proxy_config import BUFFER_BYTES, CANDIDATE, ProxySettings
 
 needs_haproxy = pytest.mark.skipif(
     shutil.which("haproxy") is None and shutil.which("haproxy", path="/usr/sbin") is None,
@@ -32,6 +34,7 @@ needs_haproxy = pytest.mark.skipif(
 NAMES = ["replica-1", "replica-2", "replica-3"]
 GENERATE = "/v2/models/m_text/generate"
 INFER = "/v2/models/m/infer"
+PATIENCE_S = 60
 
 
 @dataclass
@@ -44,15 +47,24 @@ class Upstream:
 
 
 @contextmanager
-def upstream(name: str, dies: threading.Event | None = None) -> Iterator[Upstream]:
+def upstream(
+    name: str,
+    dies: threading.Event | None = None,
+    answers: threading.Event | None = None,
+    last_words: bytes = b"",
+    port: int = 0,
+) -> Iterator[Upstream]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             if dies is not None and dies.is_set():
-                self.close_connection = True  # it took the request and goes without an answer
+                self.close_connection = True  # it took the request and goes without an answer, or within one
+                self.wfile.write(last_words)
                 return
+            if answers is not None:
+                answers.wait(PATIENCE_S)
             body = json.dumps({"name": "opened" if ADMIN_HEADER in self.headers else name}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -66,7 +78,7 @@ def upstream(name: str, dies: threading.Event | None = None) -> Iterator[Upstrea
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -86,6 +98,13 @@ def post(proxy: Proxy, path: str, body: dict[str, Any], headers: dict[str, str] 
     request = urllib.request.Request(url, json.dumps(body).encode(), headers or {}, method="POST")
     with urllib.request.urlopen(request, timeout=60) as response:
         return str(json.loads(response.read())["name"])
+
+
+def refusal(proxy: Proxy, body: dict[str, Any]) -> tuple[int, str]:
+    """Status and words of the error that is the answer."""
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        post(proxy, GENERATE, body)
+    return raised.value.code, json.loads(raised.value.read())["error"]
 
 
 def alone(proxy: Proxy) -> Proxy:
@@ -148,6 +167,76 @@ def test_a_request_whose_server_dies_is_repeated_elsewhere(tmp_path: Path) -> No
         assert {post(proxy, INFER, {}) for _ in range(6)} == {NAMES[0], NAMES[1]}, "one refuses connections"
         dies.set()
         assert {post(proxy, INFER, {}) for _ in range(6)} == {NAMES[1]}
+
+
+@needs_haproxy
+def test_an_answer_whose_head_is_cut_off_is_repeated_elsewhere(tmp_path: Path) -> None:
+    dies = threading.Event()
+    dies.set()
+    with ExitStack() as running:
+        proxy = running.enter_context(Proxy(settings(tmp_path / "proxy"), tmp_path / "proxy.log"))
+        cut = upstream(NAMES[0], dies, last_words=b"HTTP/1.1 200 OK\r\nContent-")
+        proxy.switch_on(NAMES[0], running.enter_context(cut))  # type: ignore[arg-type]
+        proxy.switch_on(NAMES[1], running.enter_context(upstream(NAMES[1])))  # type: ignore[arg-type]
+        assert {post(proxy, INFER, {}) for _ in range(4)} == {NAMES[1]}
+
+
+@needs_haproxy
+def test_what_cannot_be_repeated_says_so(tmp_path: Path) -> None:
+    dies = threading.Event()
+    dies.set()
+    begun = b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"a":\r\n'
+    with ExitStack() as running:
+        proxy = running.enter_context(Proxy(settings(tmp_path / "proxy"), tmp_path / "proxy.log"))
+        assert refusal(proxy, {}) == (503, "No server takes requests at the moment. Ask again.")
+        silent = running.enter_context(upstream(NAMES[0], dies))
+        proxy.switch_on(NAMES[0], silent)  # type: ignore[arg-type]
+        status, told = refusal(proxy, {"text_input": "secret words " * BUFFER_BYTES})
+        assert (status, f"its body is longer than {BUFFER_BYTES} bytes" in told) == (502, True)
+        proxy.switch_off(NAMES[0])
+        broken = upstream(NAMES[1], dies, last_words=begun)
+        proxy.switch_on(NAMES[1], running.enter_context(broken))  # type: ignore[arg-type]
+        with pytest.raises(IncompleteRead):
+            post(proxy, GENERATE, {"text_input": "secret words"})
+    log = (tmp_path / "proxy.log").read_text()
+    assert [line.split(" ")[9] for line in log.splitlines() if f"POST {GENERATE}" in line] == ["SC--", "SH--", "SD--"]
+    assert "secret" not in log
+
+
+@needs_haproxy
+def test_a_server_that_refused_a_connection_gets_requests_again_once_it_takes_one(tmp_path: Path) -> None:
+    port = free_port()
+    with ExitStack() as running:
+        proxy = running.enter_context(Proxy(settings(tmp_path / "proxy"), tmp_path / "proxy.log"))
+        proxy.switch_on(NAMES[0], Upstream(f"127.0.0.1:{port}"))  # type: ignore[arg-type]
+        proxy.switch_on(NAMES[1], running.enter_context(upstream(NAMES[1])))  # type: ignore[arg-type]
+        while NAMES[0] in proxy.in_rotation():
+            assert post(proxy, INFER, {}) == NAMES[1]
+        running.enter_context(upstream(NAMES[0], port=port))
+        while NAMES[0] not in proxy.in_rotation():
+            assert post(proxy, INFER, {}) == NAMES[1]
+        assert {post(proxy, INFER, {}) for _ in range(4)} == {*NAMES[:2]}
+
+
+@needs_haproxy
+@pytest.mark.parametrize("dead", NAMES[:2])
+def test_a_busy_replica_takes_the_texts_of_a_dead_one(tmp_path: Path, dead: str) -> None:
+    answers = threading.Event()
+    alive = next(name for name in NAMES[:2] if name != dead)
+    texts = 24
+    with ExitStack() as running:
+        proxy = running.enter_context(Proxy(settings(tmp_path / "proxy"), tmp_path / "proxy.log"))
+        proxy.switch_on(alive, running.enter_context(upstream(alive, answers=answers)))  # type: ignore[arg-type]
+        proxy.switch_on(dead, Upstream(f"127.0.0.1:{free_port()}"))  # type: ignore[arg-type]
+        with ThreadPoolExecutor(texts) as clients:
+            asked = [
+                clients.submit(post, proxy, GENERATE, {"text_input": f"{number} " * 50}) for number in range(texts)
+            ]
+            # all of them wait with the one that lives, which is more than its share of two
+            while proxy.in_flight(alive) < texts and not any(one.done() for one in asked):
+                pass
+            answers.set()
+            assert [one.result() for one in asked] == [alive] * texts
 
 
 @needs_haproxy
