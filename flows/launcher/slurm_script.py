@@ -25,6 +25,7 @@ def slurm_script(module: str, argument: Path, config: LauncherConfig, log_dir: P
         log_dir: Of this launch, on the file system that all nodes share.
     """
     logs = log_dir.absolute()
+    output = str(logs).replace("%", "%%")  # % stands for what Slurm fills in
     environment = {**process_environment(config), "OMP_NUM_THREADS": "${SLURM_CPUS_PER_TASK:-1}"}
     if config.threads_per_rank:
         environment["SRUN_CPUS_PER_TASK"] = "$SLURM_CPUS_PER_TASK"  # since 22.05 srun does not take it over by itself
@@ -34,7 +35,7 @@ def slurm_script(module: str, argument: Path, config: LauncherConfig, log_dir: P
     return "\n".join(
         [
             "#!/bin/bash",
-            *(f"#SBATCH {line}" for line in _directives(config, logs)),
+            *(f"#SBATCH {line}" for line in _directives(config, logs.parent.name, output)),
             "# Written by Millrace; it is written anew each time the run is started.",
             *config.slurm.setup,
             *(f"export {name}={value}" for name, value in environment.items()),
@@ -44,7 +45,7 @@ def slurm_script(module: str, argument: Path, config: LauncherConfig, log_dir: P
             f"MASTER_PORT=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))",
             f"export MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE={config.num_ranks}",
             f"rm -f {shlex.quote(str(logs))}/rank-*.exit",
-            f"srun --kill-on-bad-exit=1 --open-mode=append {shlex.quote(f'--output={logs}/rank-%t.log')} \\",
+            f"srun --kill-on-bad-exit=1 --open-mode=append {shlex.quote(f'--output={output}/rank-%t.log')} \\",
             f"  {shlex.join(wrapped)}",
             "code=$?",
             f"# {EXIT_PREEMPTED}: all ranks were sent SIGTERM and have saved; the job waits for room again.",
@@ -55,10 +56,10 @@ def slurm_script(module: str, argument: Path, config: LauncherConfig, log_dir: P
     )
 
 
-def _directives(config: LauncherConfig, logs: Path) -> list[str]:
+def _directives(config: LauncherConfig, stage: str, output: str) -> list[str]:
     slurm = config.slurm
     options = {
-        "job-name": f"millrace-{logs.parent.name.removesuffix('.partial')}",
+        "job-name": f"millrace-{stage.removesuffix('.partial')}",
         "nodes": config.num_nodes,
         "ntasks-per-node": config.num_ranks,
         "cpus-per-task": config.threads_per_rank or None,
@@ -68,7 +69,7 @@ def _directives(config: LauncherConfig, logs: Path) -> list[str]:
         "account": slurm.account or None,
         "qos": slurm.qos or None,
         "chdir": os.getcwd(),
-        "output": logs / "slurm-%j.log",
+        "output": f"{output}/slurm-%j.log",
         "open-mode": "append",
         "signal": f"TERM@{SLURM_WARNING_S}",
     }
