@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +12,11 @@ from flows.config.checks import require, require_address, require_positive
 
 ELSEWHERE: dict[str, Any] = {"decides_content": False}
 """Metadata of a field that says where or how patiently something runs: what comes out does not depend on it."""
+
+SLURM_WARNING_S = 120
+"""SIGTERM comes this long before a Slurm job's time limit; Slurm may send it up to 60 s earlier."""
+SHORTEST_SLURM_JOB_S = 600
+"""Leaves ranks at least seven minutes to start and train; one that is told to save at once would queue for ever."""
 
 
 class LauncherKind(StrEnum):
@@ -39,13 +45,23 @@ class SlurmConfig:
     qos: str = ""
     """Quality of service."""
     time_limit: str = "24:00:00"
-    """[days-]hours:minutes:seconds; ranks save before it is over, and the job goes on in the queue."""
+    """[days-]hours:minutes:seconds; ranks save two to three minutes before it is over, and the job queues again."""
     directives: list[str] = field(default_factory=list)
     """More #SBATCH options, e.g. [--constraint=a100, --mem=0]."""
     setup: list[str] = field(default_factory=list)
     """Shell lines that run before the ranks on the first node, e.g. [module load cuda/12.8]."""
 
     def __post_init__(self) -> None:
+        written = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", self.time_limit)
+        days, hours, minutes, seconds = (int(part or 0) for part in written.groups()) if written else (0, 0, 0, 0)
+        require(
+            ((days * 24 + hours) * 60 + minutes) * 60 + seconds >= SHORTEST_SLURM_JOB_S,
+            "launcher.slurm.time_limit",
+            self.time_limit or "''",
+            f"must be [days-]hours:minutes:seconds of at least {SHORTEST_SLURM_JOB_S} s, as ranks are told to save up "
+            f"to {SLURM_WARNING_S + 60} s before it is over",
+            "Set launcher.slurm.time_limit=24:00:00.",
+        )
         for directive in self.directives:
             require(
                 directive.startswith("--") and "\n" not in directive,
@@ -86,7 +102,7 @@ class LauncherConfig:
     num_ranks: int = 1
     """Processes on each machine; with CUDA, one per GPU."""
     threads_per_rank: int = 0
-    """CPU threads of each rank; 0 = the machine's cores shared out evenly."""
+    """CPU threads of each rank; 0 = the machine's cores shared out evenly, on Slurm one core a rank."""
     stall_timeout_s: int = field(default=600, metadata=ELSEWHERE)
     """Seconds without a sign of life from a rank after which the run is ended as hung, with the ranks' stacks."""
     max_restarts: int = field(default=0, metadata=ELSEWHERE)

@@ -7,6 +7,7 @@ import shutil
 from flows.config import ConfigError
 from flows.config.launcher import LauncherConfig, LauncherKind
 from flows.launcher.hostfile import chosen_hosts
+from flows.launcher.slurm import check_submission
 
 PROGRAMS = {
     LauncherKind.hostfile: ("ssh", "Install an ssh client (Debian: openssh-client), or set launcher.kind=local."),
@@ -22,9 +23,11 @@ PROGRAMS = {
 
 
 def check_launcher(config: LauncherConfig) -> None:
-    """Raises ConfigError if a program that starts the ranks is missing, or the hostfile does not fit."""
+    """Raises ConfigError if a program that starts the ranks is missing, the hostfile does not fit, or Slurm refuses."""
     program, remedy = PROGRAMS.get(config.kind, ("", ""))
     if program and config.submit and shutil.which(program) is None:
         raise ConfigError(f"launcher.kind={config.kind} needs {program}, which is not on the PATH. {remedy}")
     if config.kind == LauncherKind.hostfile:
         chosen_hosts(config)
+    if config.kind == LauncherKind.slurm and config.submit:
+        check_submission(config)

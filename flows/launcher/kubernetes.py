@@ -1,7 +1,7 @@
 """Ranks as a TrainJob of Kubeflow Trainer v2, which followed the training operator's PyTorchJob.
 
-The API is trainer.kubeflow.org/v1alpha1 as of Kubeflow Trainer 2.2: the runtime `torch-distributed` runs one pod per
-node and tells torchrun in it, through PET_* variables, how many there are and where they meet.
+The API is trainer.kubeflow.org/v1alpha1 as of Kubeflow Trainer 2.2 and 2.3: the runtime `torch-distributed` runs one
+pod per node and tells torchrun in it, through PET_* variables, how many there are and where they meet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from flows.config.launcher import LauncherConfig
 from flows.launcher.local import process_environment
 from flows.launcher.outcome import NotSubmitted, RankError
-from flows.launcher.rank import take_preemption_note
+from flows.launcher.rank import EXIT_PREEMPTED, take_preemption_note
 
 MANIFEST = "trainjob.json"
 """JSON is YAML, and kubectl reads it."""
@@ -142,13 +142,15 @@ class KubernetesRanks:
         return self._active
 
     def exit_codes(self) -> dict[int, int]:
-        """All zero, once the job has completed."""
+        """All zero, once the job has completed; or that the ranks have saved as asked."""
         return self._codes
 
     def ask_to_save(self) -> None:
-        """Deletes the job without waiting: its pods are sent SIGTERM and get their grace period."""
-        self._delete("--wait=false")
+        """Deletes the job and waits until its pods are gone: they are sent SIGTERM and get their grace period."""
+        self._delete()
         self._active = False
+        if take_preemption_note(self._log_dir):
+            self._codes = dict.fromkeys(range(self._world_size), EXIT_PREEMPTED)
 
     def stop(self) -> None:
         """Deletes the job, unless it has completed: then its logs may be of use."""
@@ -169,8 +171,9 @@ class KubernetesRanks:
         self._delete()  # an earlier one: jobs cannot be changed
         self._kubectl("create", "-f", str(self._path))
 
-    def _delete(self, *options: str) -> None:
-        self._kubectl("delete", "trainjob", self._name, "--ignore-not-found", *options)
+    def _delete(self) -> None:
+        # Foreground: it returns when the pods are gone, too, and none of them trains beside those of a next job.
+        self._kubectl("delete", "trainjob", self._name, "--ignore-not-found", "--cascade=foreground")
 
     def _kubectl(self, *words: str) -> str:
         command = ["kubectl", *words, f"--namespace={self._namespace}"]

@@ -17,6 +17,19 @@ def last_lines(path: Path) -> str:
     return "\n".join(f"  | {line}" for line in lines[-LAST_LINES:])
 
 
+def leave_exit_code(log_dir: Path, rank: int, code: int) -> None:
+    """Leaves word of how a rank ended, for `exit_codes_left`; negative for signals."""
+    partial = log_dir / f".rank-{rank}.exit"
+    partial.write_text(str(code))
+    partial.replace(log_dir / f"rank-{rank}.exit")
+
+
+def exit_codes_left(log_dir: Path) -> dict[int, int]:
+    """By rank, of those that have ended and left word."""
+    paths = log_dir.glob("rank-*.exit")
+    return {int(path.stem.removeprefix("rank-")): int(path.read_text()) for path in paths}
+
+
 class RankError(RunError):
     """A rank failed, died or hung; the message holds its number, its exit code and its last lines."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import faulthandler
 import os
@@ -40,6 +41,8 @@ def follow_parent() -> None:
 def save_on_sigterm() -> None:
     """From now on SIGTERM only raises a flag, for `asked_to_save`; called before the seconds of imports."""
     signal.signal(signal.SIGTERM, _raise_flag)
+    # Python takes its handlers away while it ends: one more signal would make a killed rank of one that has saved.
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
 
 
 def _raise_flag(number: int, frame: FrameType | None) -> None:

@@ -16,7 +16,7 @@ from flows.config.launcher import KubernetesConfig, LauncherConfig, LauncherKind
 from flows.launcher import NotSubmitted, launch_ranks
 from flows.launcher.check import check_launcher
 from flows.launcher.kubernetes import trainjob
-from flows.launcher.slurm import slurm_script
+from flows.launcher.slurm_script import slurm_script
 
 GOLDEN = Path(__file__).parent / "golden"
 LOGS = Path("/mnt/artifacts/store/base-0123456789abcdef0123.partial/logs")
