@@ -34,10 +34,11 @@ from flows.training.trainable import choose_weights
 from tests.training.bare_run import BareRun, bare_run
 from tests.training.conftest import SEQUENCE_LENGTH, TINY, VOCAB_SIZE, tiny_run
 from tests.training.test_optimizers import RATES
-from tests.training.test_parity import EPS, EXPERTS
+from tests.training.test_parity import EPS, EXPERTS, PIPELINE, SEQUENCE, TENSOR
 
 STEPS, SPLIT = 6, 3
-DRAWS = range(16)
+DRAWS = range(24)
+WAYS: list[dict[str, Any]] = [{}, {}, PIPELINE, PIPELINE, TENSOR, TENSOR, SEQUENCE, {**PIPELINE, **SEQUENCE}]
 FREEZE: list[dict[str, Any]] = [
     {"freeze": ("model.layers.0.*",)},
     {"freeze": ("*norm*",)},
@@ -57,11 +58,11 @@ TAUGHT: list[dict[str, Any]] = [
 
 def layout(random: Random) -> tuple[int, int, dict[str, Any]]:
     """Ranks, micro batch and engine."""
-    chances = {"pipeline_stages": 0.3, "tensor_parallel_size": 0.3, "sequence_parallel_size": 0.3}
-    engine: dict[str, Any] = {name: 2 if random.random() < chance else 1 for name, chance in chances.items()}
-    engine |= {"zero_stage": random.choice([0, 1, 1, 2, 3]), "activation_checkpointing": random.random() < 0.3}
+    engine = dict(random.choice(WAYS))
+    engine["zero_stage"] = 1 if "pipeline_stages" in engine else random.choice([0, 1, 2, 3, 3])
+    engine["activation_checkpointing"] = random.random() < 0.3
     engine["offload_optimizer"] = Offload.cpu if random.random() < 0.3 else Offload.none
-    return random.choice([1, 2, 2, 4]), random.choice([1, 2, 4]), engine
+    return random.choice([1, 2, 2, 2, 4]), random.choice([1, 2, 4]), engine
 
 
 def drawn(random: Random, weights_dir: Path) -> tuple[TrainingRun, TrainingRun]:
@@ -97,13 +98,13 @@ def _draw(random: Random, weights_dir: Path) -> TrainingRun:
         return random.random() < share
 
     ranks, micro_batch_size, engine = layout(random)
-    model = replace(TINY, num_key_value_heads=random.choice([1, 2, 4]), tie_word_embeddings=maybe(0.6))
+    model = replace(TINY, num_key_value_heads=random.choice([2, 4]), tie_word_embeddings=maybe(0.6))
     if maybe(0.2):
         model = replace(model, **EXPERTS)
         engine["expert_parallel_size"] = random.choice([1, 2])
     rule = random.choice([*Optimizer, Optimizer.adamw, Optimizer.adamw])
     train: dict[str, Any] = {"ema_decay": 0.8 if maybe(0.3) else 0.0, "asynchronous_checkpoints": maybe(0.5)}
-    if maybe(0.4):
+    if maybe(0.5):
         train |= random.choice(FREEZE)
     if "lora" in train:
         model = replace(TINY, initial_weights=weights_dir)

@@ -145,6 +145,24 @@ def test_patterns_that_fit_nothing_are_refused_with_names_that_are_near(train: d
         choose_weights(Decoder(TINY, VOCAB_SIZE), TrainConfig(**train), seed=0)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"freeze": ("model.layers.1.*",)}, r"model\.layers\.1 has none to train with a decay of 0, as others have"),
+        ({"trainable": ("model.norm.weight",)}, r"needs weights of the same kinds .* model\.layers\.0 has none"),
+        (
+            {"lora": LoraConfig(rank=2, replaced=("model.norm",))},
+            r"model\.layers\.0 has none to train with a decay of 0",
+        ),
+    ],
+)
+def test_stages_that_would_wait_for_each_other_are_refused(train: dict[str, object], message: str) -> None:
+    with torch.device("meta"):
+        choose_weights(Decoder(TINY, VOCAB_SIZE), TrainConfig(**train), seed=0)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=message):
+            choose_weights(Decoder(TINY, VOCAB_SIZE), TrainConfig(**train), seed=0, pipeline_stages=2)  # type: ignore[arg-type]
+
+
 def test_trainable_and_freeze_choose_by_name() -> None:
     model = Decoder(TINY, VOCAB_SIZE)
     choose_weights(model, TrainConfig(trainable=("*.mlp.*",), freeze=("*.layers.0.*",)), seed=0)
