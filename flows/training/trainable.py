@@ -51,6 +51,21 @@ def choose_weights(model: nn.Module, train: TrainConfig, seed: int, pipeline_sta
             f"train.freeze={list(train.freeze)} leaves none of {len(names)} weights to train. Freeze fewer."
         )
     _check_stages(model, train, pipeline_stages)
+    frozen = [
+        name for name, weight in model.named_parameters() if becomes_sparse(name, weight) and not weight.requires_grad
+    ]
+    if train.sparsify.sparsity and frozen:
+        raise ConfigError(
+            f"train.sparsify.sparsity={train.sparsify.sparsity:g} makes zeros in every matrix of the blocks, and "
+            f"{len(frozen)} of them, {frozen[0]} among them, would keep every bit (train.trainable="
+            f"{list(train.trainable)}, train.freeze={list(train.freeze)}). Train all of them, or set "
+            "train.sparsify.sparsity=0."
+        )
+
+
+def becomes_sparse(name: str, weight: Tensor) -> bool:
+    """Whether a weight is one of those that `train.sparsify` sets to zero by and by: the matrices of the blocks."""
+    return name.startswith("model.layers.") and weight.dim() == 2
 
 
 def _check_stages(model: nn.Module, train: TrainConfig, stages: int) -> None:

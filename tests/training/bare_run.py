@@ -142,7 +142,7 @@ def unbalance(gates: Sequence[Tensor], config: ModelConfig) -> Tensor | float:
 
 def _matrices(module: LossModule) -> Iterator[tuple[str, torch.nn.Parameter]]:
     for name, weight in module.named_parameters():
-        if name.startswith("model.model.layers.") and weight.dim() == 2 and weight.requires_grad:
+        if name.startswith("model.model.layers.") and weight.dim() == 2:
             yield name, weight
 
 

@@ -18,6 +18,7 @@ from flows.config import ConfigError
 from flows.config.engine import EngineConfig
 from flows.config.lora import LoraConfig
 from flows.config.model import Architecture, ModelConfig
+from flows.config.sparsify import SparsifyConfig
 from flows.config.training import TrainConfig, TrainingRun
 from flows.model import arithmetic
 from flows.model.checkpoint import load_decoder
@@ -137,6 +138,14 @@ def test_merging_gives_what_the_adapters_computed(dtype: torch.dtype) -> None:
         (
             {"lora": LoraConfig(rank=2, replaced=("lm_head",))},
             r"lm_head.weight and model.embed_tokens.weight are one matrix: both would change",
+        ),
+        (
+            {"lora": LoraConfig(rank=2, targets=("*_proj", "lm_head"))},
+            r"train\.lora\.targets=.* names lm_head, but lm_head.weight and model.embed_tokens.weight are one matrix",
+        ),
+        (
+            {"sparsify": SparsifyConfig(sparsity=0.5), "freeze": ("*.layers.0.mlp.*",)},
+            r"train\.sparsify\.sparsity=0\.5 makes zeros in every matrix .* 3 of them, model\.layers\.0\.mlp",
         ),
     ],
 )
