@@ -95,7 +95,7 @@ def _check_weights(run: TrainingRun) -> None:
         from flows.model.transformers_model import model_without_weights
         from flows.training.trainable import choose_weights
 
-        choose_weights(model_without_weights(run.model), train, run.seed)
+        choose_weights(model_without_weights(run.model), train, run.seed, run.engine.pipeline_stages)
 
 
 def _check_device(run: TrainingRun) -> None:

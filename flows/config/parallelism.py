@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from flows.config.checks import require
@@ -168,13 +169,23 @@ def _check_kind_of_training(run: TrainingRun) -> None:
     for field, parts in cut.items():
         for name, chosen in whole.items():
             require(
-                parts == 1 or chosen is None,
+                parts == 1 or chosen is None or name in SHOWN_RIGHT.get(field, ()),
                 f"{run.train_section}.{name}",
                 chosen,
                 f"cannot be combined with {field}={parts}: it has been shown right where every rank has all weights, "
                 "or an even part of each",
                 f"Train with adamw and all weights, or without {field}.",
             )
+    require(
+        engine.pipeline_stages == 1
+        or not train.lora.enabled
+        or not any(fnmatchcase("lm_head", pattern) for pattern in train.lora.targets),
+        f"{run.train_section}.lora.targets",
+        list(train.lora.targets),
+        f"cannot be combined with engine.pipeline_stages={engine.pipeline_stages} where it names lm_head: the last "
+        "stage computes its loss from the matrix of the output projection, past an adapter",
+        f"Leave lm_head out, or name it in {run.train_section}.lora.replaced.",
+    )
 
 
 def _check_fp8(run: TrainingRun) -> None:
@@ -215,7 +226,6 @@ def _check_fp8(run: TrainingRun) -> None:
 def _check_zeros(run: TrainingRun) -> None:
     engine, train = run.engine, run.train
     shown_right: dict[str, tuple[object, object]] = {
-        "engine.pipeline_stages": (engine.pipeline_stages, 1),
         "engine.tensor_parallel_size": (engine.tensor_parallel_size, 1),
         f"{run.train_section}.optimizer.name": (
             train.optimizer.name,
@@ -224,6 +234,7 @@ def _check_zeros(run: TrainingRun) -> None:
         f"{run.train_section}.lora.rank": (train.lora.rank, 0),
     }
     if train.sparsify.sparsity:
+        shown_right["engine.pipeline_stages"] = (engine.pipeline_stages, 1)
         shown_right[f"{run.model_section}.num_experts"] = (run.model.num_experts, 0)
         shown_right[f"{run.model_section}.architecture"] = (run.model.architecture, Architecture.decoder)
     kept = f"the sparse {run.start} to start from" if run.keep_zeros and run.start else None
@@ -243,7 +254,7 @@ def _check_quantization_aware(run: TrainingRun) -> None:
     if config.scheme is None:
         return
     field = f"{run.train_section}.quantization_aware.scheme"
-    for name in ("pipeline_stages", "tensor_parallel_size", "sequence_parallel_size"):
+    for name in ("pipeline_stages", "tensor_parallel_size"):
         require(
             getattr(engine, name) == 1,
             field,
@@ -293,10 +304,14 @@ NOT_WITH_EXPERTS: dict[str, tuple[object, ...]] = {
     "pipeline_stages": (1,),
     "tensor_parallel_size": (1,),
     "sequence_parallel_size": (1,),
-    "offload_optimizer": ("none",),
     "compile": (False,),
 }
 """Values that have been shown right with mixtures of experts; the last is the remedy."""
+SHOWN_RIGHT = {
+    "engine.pipeline_stages": ("lora.rank", "trainable", "freeze"),
+    "engine.tensor_parallel_size": ("trainable", "freeze"),
+}
+"""Kinds of training that go together with a way to cut the model."""
 
 
 def _divisor(number: int, at_most: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flows.config import ConfigError
+from flows.config.checks import require
 from flows.config.engine import Offload, Precision
 from flows.config.optimizer import Optimizer
 from flows.config.training import TrainingRun
@@ -18,13 +19,30 @@ _MEASURE_FOR_THEMSELVES = ("fp16", "data_types", "torch_autocast")
 """Raw DeepSpeed settings of which each brings an optimizer that scales losses or needs the norm itself."""
 
 
+_OURS = {
+    "optimizer": "train.optimizer",
+    "scheduler": "train.schedule",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "train_batch_size": "train.global_batch_size",
+}
+"""Raw DeepSpeed settings that would change nothing, or contradict, and what to set instead."""
+
+
 def deepspeed_config(run: TrainingRun) -> dict[str, Any]:
     """DeepSpeed's configuration for this run, the user's raw keys merged in.
 
     Raises:
-        ConfigError: A raw key contradicts a setting of ours.
+        ConfigError: A raw key contradicts a setting of ours, or has no effect beside it.
     """
     engine = run.engine
+    for key, setting in _OURS.items():
+        require(
+            key not in engine.deepspeed,
+            f"engine.deepspeed.{key}",
+            engine.deepspeed.get(key),
+            f"would not be read: it is {setting} that decides",
+            f"Remove it, and set {setting}.",
+        )
     own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,

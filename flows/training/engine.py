@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
@@ -96,7 +97,15 @@ def build_engine(module: LossModule, run: TrainingRun) -> DeepSpeedEngine:
         cast(AdamW, optimizer).max_norm = run.train.gradient_clipping
     ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # else it warns; every one of ours is tested with ZeRO
     reserved = reserve(run.engine.nvme_path, dist.get_rank()) if run.engine.nvme_path else None
-    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=settings)
+    try:
+        engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=settings)
+    except (DeepSpeedConfigError, AssertionError, ValueError) as error:
+        if not run.engine.deepspeed:
+            raise
+        raise RunError(
+            f"DeepSpeed {deepspeed.__version__} does not run this engine with engine.deepspeed={run.engine.deepspeed}: "
+            f"{error}. Remove what it names there, or change the setting that it contradicts."
+        ) from error
     engine.reserved = reserved  # held as long as the engine is
     keep_norm(engine)
     engine.compiled_code = _compile_apart() if run.engine.compile else None

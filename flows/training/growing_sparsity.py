@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flows.config.sparsify import SparsifyConfig
 from flows.training.fragments import held_fragments, spread_weights
+from flows.training.trainable import becomes_sparse
 from flows.training.weight_parts import named_parts
 
 
@@ -49,9 +50,7 @@ class GrowingSparsity:
         self._config = config
         self._alive: dict[str, Tensor] = {}
         """Weights that are not zero, bool [N, K], by name; a matrix without zeros is left out."""
-        self._names = [
-            name for name, weight in model.named_parameters() if name.startswith("model.layers.") and weight.dim() == 2
-        ]
+        self._names = [name for name, weight in model.named_parameters() if becomes_sparse(name, weight)]
         if config.sparsity:
             for name in self._names:
                 model.get_parameter(name).register_hook(partial(self._without_zeros, name))

@@ -73,7 +73,7 @@ def train(job: TrainingJob) -> None:
     )
     cache = None if job.cache_dir is None else TeacherCache(job.cache_dir)
     read_records = None if cache is None else cache.records
-    model = _initial_model(job, index["vocab_size"], index.get("labels"))
+    model = initial_model(job, index["vocab_size"], index.get("labels"))
     counts = count_weights(model)
     zeros = GrowingSparsity(model, run.train.sparsify)
     engine = build_engine(with_loss(model, job, cache), run)
@@ -196,7 +196,8 @@ def _evaluate_and_keep_best(
         consolidate(engine, job.best_dir, partial(save_trained, job, trained_module(engine), index))
 
 
-def _initial_model(job: TrainingJob, vocab_size: int, labels: list[str] | None) -> nn.Module:
+def initial_model(job: TrainingJob, vocab_size: int, labels: list[str] | None = None) -> nn.Module:
+    """The model as it is before the first step, the same on every rank."""
     model: nn.Module
     run = job.run
     torch.manual_seed(run.seed)  # the same new head, or encoder, on every rank
@@ -215,7 +216,7 @@ def _initial_model(job: TrainingJob, vocab_size: int, labels: list[str] | None) 
     else:
         model = Decoder(run.model, vocab_size)
         initialize(model, run.seed)
-    choose_weights(named_weights_module(model), run.train, run.seed)
+    choose_weights(named_weights_module(model), run.train, run.seed, run.engine.pipeline_stages)
     return model
 
 

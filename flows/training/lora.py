@@ -57,7 +57,7 @@ def add_adapters(model: nn.Module, config: LoraConfig, seed: int) -> None:
     """Freezes the model and gives every linear module that matches `targets` an adapter; `replaced` ones are trained.
 
     Raises:
-        ConfigError: A replaced module shares its weight with another, which would change with it.
+        ConfigError: A module that is adapted or replaced shares its weight with another, which would change with it.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -66,17 +66,24 @@ def add_adapters(model: nn.Module, config: LoraConfig, seed: int) -> None:
         sharing[id(parameter)].add(name)
     for name, module in list(model.named_modules()):
         if any(fnmatchcase(name, pattern) for pattern in config.replaced):
-            for parameter in module.parameters():
-                if len(sharing[id(parameter)]) > 1:
-                    raise ConfigError(
-                        f"train.lora.replaced={list(config.replaced)} names {name}, but "
-                        f"{' and '.join(sorted(sharing[id(parameter)]))} are one matrix: both would change. "
-                        f"Set model.tie_word_embeddings=false if the model allows it, or leave {name} out."
-                    )
+            _require_own_weights("replaced", name, module, config, sharing)
             module.requires_grad_(True)
         elif isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in config.targets):
+            _require_own_weights("targets", name, module, config, sharing)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoraLinear(module, config, generator))
+
+
+def _require_own_weights(
+    field: str, name: str, module: nn.Module, config: LoraConfig, sharing: Mapping[int, set[str]]
+) -> None:
+    for parameter in module.parameters():
+        if len(sharing[id(parameter)]) > 1:
+            raise ConfigError(
+                f"train.lora.{field}={list(getattr(config, field))} names {name}, but "
+                f"{' and '.join(sorted(sharing[id(parameter)]))} are one matrix: both would change. "
+                f"Set model.tie_word_embeddings=false if the model allows it, or leave {name} out."
+            )
 
 
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:

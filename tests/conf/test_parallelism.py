@@ -75,6 +75,17 @@ REFUSED = {
         r"train.micro_batch_size x tokens of a sequence on a rank=516 must be a multiple of 16 for engine.precision=fp8"
     ),
     "engine=zero0 engine.precision=bf16": r"engine.precision=bf16 cannot be combined with engine.zero_stage=0",
+    "launcher=two_ranks engine=pipeline2 train.lora.rank=4 train.lora.targets=[*head] model.initial_weights=x "
+    "data.tokenizer.directory=x": (
+        r"train.lora.targets=\['\*head'\] cannot be combined with engine.pipeline_stages=2 where it names lm_head: the "
+        r"last stage .* or name it in train.lora.replaced"
+    ),
+    "launcher=two_ranks engine=tensor2 train.lora.rank=4 model.initial_weights=x data.tokenizer.directory=x": (
+        r"train.lora.rank=4 cannot be combined with engine.tensor_parallel_size=2: .* Train with adamw and all weights"
+    ),
+    "model.num_experts=4 train.freeze=[*norm*]": (
+        r"train.freeze=\['\*norm\*'\] cannot be combined with model.num_experts=4"
+    ),
     "engine.pipeline_stages=0": r"engine.pipeline_stages=0 must be greater than 0",
     "launcher=two_ranks train.global_batch_size=24": (
         r"train.global_batch_size=24 must be a multiple of train.micro_batch_size=8 x 2 data-parallel ranks = 16. Set "

@@ -119,8 +119,8 @@ def test_steps_that_lead_nowhere_are_refused(steps: dict[str, StepConfig], messa
             "distill.train.optimizer.name=muon cannot be combined with the sparse pruned to start from",
         ),
         (
-            {"engine": EngineConfig(pipeline_stages=2), "launcher": LauncherConfig(num_ranks=2)},
-            "engine.pipeline_stages=2 cannot be combined with the sparse pruned",
+            {"engine": EngineConfig(tensor_parallel_size=2), "launcher": LauncherConfig(num_ranks=2)},
+            "engine.tensor_parallel_size=2 cannot be combined with the sparse pruned",
         ),
     ],
 )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from flows.artifact import Artifact
+from flows.config import ConfigError
 from flows.config.engine import EngineConfig, Offload, Precision
 from flows.config.optimizer import Optimizer, OptimizerConfig
+from flows.launcher import RankError
 from flows.training.deepspeed_config import can_clip_in_update, deepspeed_config, without_clipping
 from tests.training.conftest import TINY, tiny_run
 
@@ -53,3 +57,23 @@ def test_no_pass_over_the_gradients_is_left() -> None:
         "stage": 0  # without ZeRO it would be an error
     }
     assert settings["gradient_clipping"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("key", "setting"),
+    [
+        ("optimizer", "train.optimizer"),
+        ("scheduler", "train.schedule"),
+        ("train_batch_size", "train.global_batch_size"),
+        ("activation_checkpointing", "engine.activation_checkpointing"),
+    ],
+)
+def test_a_raw_key_that_changes_nothing_is_refused(key: str, setting: str) -> None:
+    run = tiny_run(engine=EngineConfig(deepspeed={key: {"type": "SGD"}}))
+    with pytest.raises(ConfigError, match=rf"engine.deepspeed.{key}=.* would not be read: .* set {setting}"):
+        deepspeed_config(run)
+
+
+def test_what_deepspeed_refuses_is_said_without_a_traceback(trained: Callable[..., Artifact]) -> None:
+    with pytest.raises(RankError, match=r"with engine.deepspeed=\{'graph_harvesting': True\}: Graph .* Remove what"):
+        trained(tiny_run(engine=EngineConfig(deepspeed={"graph_harvesting": True})))

@@ -18,6 +18,7 @@ from flows.config import ConfigError
 from flows.config.engine import EngineConfig
 from flows.config.lora import LoraConfig
 from flows.config.model import Architecture, ModelConfig
+from flows.config.sparsify import SparsifyConfig
 from flows.config.training import TrainConfig, TrainingRun
 from flows.model import arithmetic
 from flows.model.checkpoint import load_decoder
@@ -138,11 +139,37 @@ def test_merging_gives_what_the_adapters_computed(dtype: torch.dtype) -> None:
             {"lora": LoraConfig(rank=2, replaced=("lm_head",))},
             r"lm_head.weight and model.embed_tokens.weight are one matrix: both would change",
         ),
+        (
+            {"lora": LoraConfig(rank=2, targets=("*_proj", "lm_head"))},
+            r"train\.lora\.targets=.* names lm_head, but lm_head.weight and model.embed_tokens.weight are one matrix",
+        ),
+        (
+            {"sparsify": SparsifyConfig(sparsity=0.5), "freeze": ("*.layers.0.mlp.*",)},
+            r"train\.sparsify\.sparsity=0\.5 makes zeros in every matrix .* 3 of them, model\.layers\.0\.mlp",
+        ),
     ],
 )
 def test_patterns_that_fit_nothing_are_refused_with_names_that_are_near(train: dict[str, object], message: str) -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match=message):
         choose_weights(Decoder(TINY, VOCAB_SIZE), TrainConfig(**train), seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"freeze": ("model.layers.1.*",)}, r"model\.layers\.1 has none to train with a decay of 0, as others have"),
+        ({"trainable": ("model.norm.weight",)}, r"needs weights of the same kinds .* model\.layers\.0 has none"),
+        (
+            {"lora": LoraConfig(rank=2, replaced=("model.norm",))},
+            r"model\.layers\.0 has none to train with a decay of 0",
+        ),
+    ],
+)
+def test_stages_that_would_wait_for_each_other_are_refused(train: dict[str, object], message: str) -> None:
+    with torch.device("meta"):
+        choose_weights(Decoder(TINY, VOCAB_SIZE), TrainConfig(**train), seed=0)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=message):
+            choose_weights(Decoder(TINY, VOCAB_SIZE), TrainConfig(**train), seed=0, pipeline_stages=2)  # type: ignore[arg-type]
 
 
 def test_trainable_and_freeze_choose_by_name() -> None:

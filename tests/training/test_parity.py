@@ -17,7 +17,6 @@ from flows.artifact import Artifact
 from flows.config import from_json, to_json
 from flows.config.engine import EngineConfig, Offload, Precision
 from flows.config.launcher import LauncherConfig
-from flows.config.model import ModelConfig
 from flows.config.optimizer import Optimizer, OptimizerConfig
 from flows.config.training import Objective, TrainingRun
 from flows.data.mixture import open_split
@@ -28,6 +27,7 @@ from flows.model.decoder import Decoder, initialize
 from flows.training.objectives import Distillation, cross_entropy, scores
 from flows.training.receipts import RECEIPTS, verify_lines
 from flows.training.schedules import learning_rate
+from tests.training.bare_run import unbalance
 from tests.training.conftest import SEQUENCE_LENGTH, TINY, VOCAB_SIZE
 
 Trained = Callable[..., Artifact]
@@ -118,6 +118,7 @@ MORE_CASES = [
     *[Case(2, {"zero_stage": stage, "expert_parallel_size": 2}, EXPERTS) for stage in (1, 2)],
     Case(2, {"expert_parallel_size": 2, **RECOMPUTE}, {**EXPERTS, "num_experts_per_tok": 3}),
     Case(2, {"expert_parallel_size": 2, **BF16}, EXPERTS),
+    Case(2, {"expert_parallel_size": 2, **ON_CPU, "zero_stage": 2}, EXPERTS),
     Case(4, {"expert_parallel_size": 2}, EXPERTS, optimizer=Optimizer.sgd),
     Case(4, {"zero_stage": 3}),
     Case(4, PIPELINE),
@@ -290,15 +291,3 @@ def _bare_losses(described: str, tokens_dir: Path, teacher_dir: Path | None, dty
         losses.append(total)
     assert max(norms) > 1.5 * run.train.gradient_clipping, "the clip value has to bind, or a wrong norm does not show"
     return losses
-
-
-def unbalance(gates: list[torch.Tensor], config: ModelConfig) -> torch.Tensor | float:
-    """GShard's balance loss (arXiv:2006.16668) of each layer's scores [B, L, E], weighted; DeepSpeed counts the first
-    choice if there are two, else each."""
-    total: torch.Tensor | float = 0.0
-    for layer in gates:
-        probabilities = layer.flatten(0, 1).softmax(-1)
-        counted = 1 if config.num_experts_per_tok == 2 else config.num_experts_per_tok
-        chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(counted, dim=1).indices, 1.0 / counted)
-        total = total + config.num_experts * (probabilities.mean(0) * chosen.mean(0)).sum()
-    return config.router_aux_loss_coef * total
