@@ -299,10 +299,11 @@ def _broken_off(pieces: int, told: str) -> Exception:
 
 def _named(error: Exception, pieces: int) -> Exception:
     """The error of a gRPC stream, or that the answer broke off, where its words do not say so."""
-    is_cut = isinstance(error, tritonclient.utils.InferenceServerException) and (
-        error.status() == CUT or (pieces > 0 and error.status() == BROKEN)
-    )
-    return _broken_off(pieces, error.message()) if is_cut else error
+    if not isinstance(error, tritonclient.utils.InferenceServerException):
+        return error
+    refusal: Any = error  # the client library has no types
+    is_cut = refusal.status() == CUT or (pieces > 0 and refusal.status() == BROKEN)
+    return _broken_off(pieces, refusal.message()) if is_cut else error
 
 
 def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
