@@ -66,11 +66,11 @@ def bare_run(job: TrainingJob, dtype: torch.dtype = torch.float32) -> BareRun:
         order = shown.order(step * size, size, run.seed)
         # How experts are balanced is a matter of each micro batch; the rest does not depend on how rows are cut.
         cut = train.micro_batch_size if run.model.num_experts else size
-        batches = [
-            to_batch([shown.row(int(i)) for i in order[first : first + cut]], "cpu") for first in range(0, size, cut)
-        ]
+        parts = [order[first : first + cut] for first in range(0, size, cut)]
+        batches = [to_batch([shown.row(int(index)) for index in part], "cpu") for part in parts]
         if cache is not None:
-            batches = [batches[0]._replace(records_BLR=cache.records(order))]
+            known = [cache.records(part) for part in parts]
+            batches = [batch._replace(records_BLR=records) for batch, records in zip(batches, known, strict=True)]
         module.wrote_itself = students_turn(run, step)
         if module.wrote_itself:
             seeds = (run.seed * train.max_steps + step) * size + torch.arange(size)
