@@ -186,7 +186,7 @@ def assert_measured(
 ) -> None:
     (tmp_path / "quality").mkdir()
     config = QualityConfig(max_tokens=10**6, sequence_length=SEQUENCE_LENGTH)
-    measured = quality.build(tmp_path / "quality", config, {"model": model, "base": model, **data})
+    measured = quality.build(tmp_path / "quality", config, {"model": model, **data})
     test = open_split(data["tokens"].path, "test", SEQUENCE_LENGTH)
     rows = [test.row(index) for index in range(len(test))]
     inputs, labels, fills = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))

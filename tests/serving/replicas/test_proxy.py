@@ -214,7 +214,7 @@ def test_a_server_that_refused_a_connection_gets_requests_again_once_it_takes_on
             assert post(proxy, INFER, {}) == NAMES[1]
         running.enter_context(upstream(NAMES[0], port=port))
         while NAMES[0] not in proxy.in_rotation():
-            assert post(proxy, INFER, {}) == NAMES[1]
+            assert post(proxy, INFER, {}) in NAMES[:2]  # it may come back between the look and the request
         assert {post(proxy, INFER, {}) for _ in range(4)} == {*NAMES[:2]}
 
 
