@@ -154,8 +154,13 @@ def decoders(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Artifact]
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", DRAWS)
 def test_what_is_admitted_gives_the_run_of_one_process(
-    number: int, decoders: dict[str, Path], data: dict[str, Artifact], tmp_path: Path
+    number: int,
+    decoders: dict[str, Path],
+    data: dict[str, Artifact],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # as a rank would; the one process is none
     run, other = drawn(Random(number), decoders["start"])
     print(to_json(run), to_json(other.engine))
     job = job_of(run, decoders["teacher"], data, tmp_path)

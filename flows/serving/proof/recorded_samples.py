@@ -54,13 +54,14 @@ def record_samples(
     return {"tolerance": reference.tolerance, "text_tolerance": text_tolerance, "samples": samples}
 
 
-def scores_drift(address: str, model: str, recorded: Mapping[str, Any]) -> float:
-    """Largest difference of the scores that a server gives who names no version, over the passport's tolerance.
+def scores_drift(address: str, model: str, recorded: Mapping[str, Any], version: str = "") -> float:
+    """Largest difference of the scores that a server gives, over the passport's tolerance.
 
     Args:
         address: `host:port` of the server's HTTP endpoint.
         model: Name of the scores model.
         recorded: What `record_samples` returned.
+        version: Empty = what is answered to who names none.
 
     Raises:
         InferenceServerException: It refuses a sample.
@@ -70,7 +71,7 @@ def scores_drift(address: str, model: str, recorded: Mapping[str, Any]) -> float
     with Client(Transport.http, address) as client:
         for sample in recorded["samples"]:
             ids_BL = np.array([sample["input_ids"]], np.int64)
-            scores_V = client.scores(model, ids_BL, np.ones_like(ids_BL))[0]
+            scores_V = client.scores(model, ids_BL, np.ones_like(ids_BL), version)[0]
             if len(scores_V) <= max(sample["token_ids"]):
                 return math.inf
             worst = _worse(worst, np.abs(scores_V[sample["token_ids"]] - np.array(sample["scores"])).max())

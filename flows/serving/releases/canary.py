@@ -23,6 +23,7 @@ from flows.config.canary import CanaryConfig
 from flows.export.runtime import Program
 from flows.serving.client import Client, Transport
 from flows.serving.installation import ServerError
+from flows.serving.proof.recorded_samples import RECORDED, scores_drift
 from flows.serving.releases.promotion import abort
 from flows.serving.releases.served_view import Pool
 from flows.serving.releases.state import ReleaseError
@@ -66,7 +67,9 @@ class Answers:
 
 
 class Samples:
-    """Compares what a server answers with what the version's own program computes.
+    """Compares what a server answers with what the version's own program computes, or its passport recorded.
+
+    A program that is split over ranks is too large to be run here beside it: of that one the passport tells.
 
     Args:
         repository: Model repository.
@@ -78,16 +81,21 @@ class Samples:
     def __init__(self, repository: Path, model_name: str, version: int, number: int) -> None:
         place = repository / model_name / str(version)
         self._model_name, self._version, self._number = model_name, version, number
-        self._tolerance: float = json.loads((place / PASSPORT).read_text())["tolerance"]
+        self._passport = json.loads((place / PASSPORT).read_text())
+        self._tolerance: float = self._passport["tolerance"]
         settings = json.loads((place / "settings.json").read_text())
         self._length = min(LONGEST_SAMPLE_TOKENS, settings["sequence_length"])
-        self._program = Program(place, threads=1)
+        self._random = np.random.default_rng()
+        self._program = None if settings["pipeline_stages"] > 1 else Program(place, threads=1)
+        if self._program is None:
+            return
         one = np.zeros((1, 1), dtype=np.int64)
         self._vocab_size = self._program.next_token_scores(one, np.ones_like(one)).shape[1]
-        self._random = np.random.default_rng()
 
     def drift(self, server: InferenceServer) -> str:
         """What is wrong with the scores that a server gives; empty if nothing is."""
+        if self._program is None:
+            return self._recorded_drift(server)
         with Client(Transport.http, server.http_address) as client:
             for number in range(self._number):
                 length = 1 + number * (self._length - 1) // max(1, self._number - 1)
@@ -105,6 +113,15 @@ class Samples:
                         f"its passport allows {self._tolerance:.3g}"
                     )
         return ""
+
+    def _recorded_drift(self, server: InferenceServer) -> str:
+        recorded = self._passport[RECORDED]
+        try:
+            times = scores_drift(server.http_address, self._model_name, recorded, str(self._version))
+        except (InferenceServerException, OSError) as error:
+            return f"it cannot answer a sample that its passport recorded: {error}"
+        allowed = "times what its passport allows"
+        return "" if times <= 1 else f"served scores differ from those of the checkpoint by {times:.3g} {allowed}"
 
 
 def judge(candidate: Answers, live: Answers, config: CanaryConfig) -> str:
