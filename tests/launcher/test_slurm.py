@@ -110,10 +110,11 @@ class Cluster:
     def start_controller(self) -> None:
         self._start("slurmctld", "-D")
 
-    def kill_controller(self) -> None:
+    def stop_controller(self) -> None:
+        """In order: killed within seconds of a submission it would not know the job when it is back."""
         process = self._daemons.pop("slurmctld -D")
-        process.kill()
-        process.wait()
+        process.terminate()
+        process.wait(START_TIMEOUT_S)
 
     def start(self) -> None:
         self.start_controller()
@@ -126,6 +127,9 @@ class Cluster:
 
     def stop(self) -> None:
         self("scancel", f"--user={getpass.getuser()}")
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self.jobs() and time.monotonic() < deadline:  # without its daemons a job would run on
+            time.sleep(0.1)
         for process in reversed(self._daemons.values()):
             process.terminate()
         for process in self._daemons.values():
@@ -368,7 +372,7 @@ def test_a_controller_that_is_away_for_a_while_changes_nothing(
         "(log_dir / f'alive-{rank}').touch()\nwhile not (log_dir / 'go').exists():\n    time.sleep(0.01)\n"
     )
     steps = [
-        launch.once(lambda: launch.all("alive"), cluster.kill_controller),
+        launch.once(lambda: launch.all("alive"), cluster.stop_controller),
         launch.once(lambda: "goes on meanwhile" in caplog.text, cluster.start_controller),
         launch.once(lambda: "Slurm answers again" in caplog.text, lambda: (launch.log_dir / "go").touch()),
     ]
