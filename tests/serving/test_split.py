@@ -34,6 +34,7 @@ from flows.serving.drills.server_faults import OF_A_RANK, faults
 from flows.serving.proof import verify_stage
 from flows.serving.proof.planted_errors import _seal
 from flows.serving.proof.text_check import Checkpoint
+from flows.serving.releases.canary import Samples
 from flows.serving.replicas.deaths import DeathWatch, model_processes
 from flows.serving.server import InferenceServer
 from tests.serving import tiny_model
@@ -160,6 +161,21 @@ def test_a_split_version_is_proven_like_any_other(split_passport: Artifact) -> N
     for model, program in ((NAME, "model"), (TEXT, "generation")):
         assert {f"{program}-0.onnx", f"{program}-1.onnx"} <= served[model].keys()
         assert f"{program}.onnx" not in served[model]
+
+
+@pytest.mark.exhaustive
+def test_a_split_canary_is_held_against_its_passport(
+    publish_to: Callable[[Path, Chain, Artifact], Artifact],
+    split_chain: Chain,
+    split_passport: Artifact,
+    tmp_path: Path,
+) -> None:
+    publish_to(tmp_path / "repo", split_chain, split_passport)
+    with InferenceServer(tmp_path / "repo", [NAME, TEXT], tmp_path / "server.log") as server:
+        samples = Samples(tmp_path / "repo", NAME, 1, 4)
+        assert samples.drift(server) == ""
+        samples._passport["recorded"]["samples"][0]["scores"][0] += 1
+        assert "differ from those of the checkpoint" in samples.drift(server)
 
 
 @pytest.mark.exhaustive
