@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import time
@@ -191,7 +192,7 @@ def test_what_is_not_here_is_refused_before_any_work(words: list[str], message: 
     [
         (["train.max_step=3"], "error: train.max_step is not a setting"),
         (["seed=1", "--multirun", "train.max_steps=-1,-2"], "error: train.max_steps=-1 must be greater than 0"),
-        (["data=files", "data.corpus.paths=[no/such/*.txt]"], "no/such/*.txt"),
+        (["data=files", "data.corpus.paths=[no/such/*.txt]"], r"no/such/\*.txt"),
         *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in NOT_HERE),
     ],
 )
@@ -199,10 +200,10 @@ def test_the_command_line_says_it_in_one_message_and_writes_nothing(
     words: list[str], message: str, tmp_path: Path
 ) -> None:
     started = time.monotonic()
-    done = command(*words, f"artifacts_dir={tmp_path}/artifacts", f"publish.model_repo={tmp_path}/repo")
+    done = command(f"artifacts_dir={tmp_path}/artifacts", f"publish.model_repo={tmp_path}/repo", *words)
     seconds = time.monotonic() - started
     assert done.returncode not in (0, -1)
-    assert message in done.stderr
+    assert re.search(message, done.stderr)
     assert "Traceback" not in done.stderr + done.stdout
     assert len(done.stderr.strip().splitlines()) == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "multirun.yaml"]
