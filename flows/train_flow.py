@@ -52,12 +52,13 @@ def train(overrides: Sequence[str] = (), config: Config | None = None) -> State[
 
     Args:
         overrides: What a command line would say, composed when the run starts; for deployments.
-        config: A configuration that has been composed already; wins over `overrides`.
+        config: A configuration that has been composed and checked already; wins over `overrides`.
     """
     logger.setLevel(logging.INFO)
     try:
-        config = config or compose_config(overrides)
-        check(config)
+        if config is None:
+            config = compose_config(overrides)
+            check(config)
         treat_as_preemption(_asks_for_checkpoint)
         with lead(config), full_disk_said(config.artifacts_dir):
             result = _run_chain(config)

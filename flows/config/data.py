@@ -263,7 +263,7 @@ class DataConfig:
         for name, corpus in self.corpora.items():
             require(
                 corpus.format != Format.labelled or not self.mixture,
-                "data.corpus.format" if name == MAIN else f"data.mixture.{name}.corpus.format",
+                f"{corpus_section(name)}.format",
                 corpus.format,
                 "cannot be combined with data.mixture: labels are those of one corpus",
                 "Put all labelled texts into data.corpus.paths, and leave data.mixture out.",

@@ -40,8 +40,8 @@ def usable_text(content: bytes | str, config: CorpusConfig) -> str | Dropped:
     """The cleaned text of a raw document, or the reason why there is none.
 
     A byte order mark is removed. NUL marks a binary document; white space alone is an empty one. A lone surrogate,
-    which a JSON string can spell, has no UTF-8 form. Records that hold more than a
-    text were cleaned when they were read.
+    which a JSON string can spell, has no UTF-8 form. Records that hold more than a text were cleaned when they were
+    read.
     """
     if config.format != Format.text and isinstance(content, str):
         return content

@@ -7,11 +7,11 @@ import os
 import threading
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -26,7 +26,7 @@ from flows.artifact import Artifact, write_json_atomically
 from flows.config.checks import require
 from flows.config.data import MAIN, EncodeConfig, corpus_name, corpus_role
 from flows.data.conversations import encode_conversations
-from flows.data.labelled import encode_to_classify, label_of, text_of
+from flows.data.labelled import encode_to_classify, text_and_label
 from flows.data.splits import LABELLED, MESSAGES, SPLITS, read_stored, stored_kind
 from flows.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 
@@ -46,14 +46,12 @@ class EncodedBatch:
     text_bytes: int
     loss: list[NDArray[np.uint8]] | None = None
     """For conversations: which ids count, for each document."""
-    cut: int = 0
-    """Documents that were longer than allowed."""
-    unanswered: int = 0
-    """Documents left out, because no answer begins within the allowed length."""
     labels: list[int] | None = None
     """For texts with labels: the number of each document's."""
-    unknown: int = 0
-    """Documents left out, because training has none with their label."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Of conversations `loss_tokens` (those that count), `cut` (documents that were longer than allowed) and
+    `unanswered` (left out, because no answer begins within the allowed length); of texts with labels `cut` and
+    `unknown` (left out, because training has none with their label)."""
 
 
 def build(directory: Path, config: EncodeConfig, parents: Mapping[str, Artifact]) -> Mapping[str, Any]:
@@ -160,8 +158,11 @@ def _as_conversations(
         [one.ids for one in kept],
         text_bytes,
         [one.loss for one in kept],
-        cut=sum(one.cut for one in kept),
-        unanswered=len(encoded) - len(kept),
+        counts={
+            "loss_tokens": sum(int(one.loss.sum()) for one in kept),
+            "cut": sum(one.cut for one in kept),
+            "unanswered": len(encoded) - len(kept),
+        },
     )
 
 
@@ -174,14 +175,13 @@ def _as_labelled(
     max_tokens: int,
     labels: list[str],
 ) -> EncodedBatch:
-    known = [document for document in batch if label_of(document) in labels]
-    encoded = encode_to_classify(tokenizer, [text_of(document) for document in known], end, max_tokens)
+    known = [(text, label) for text, label in map(text_and_label, batch) if label in labels]
+    encoded = encode_to_classify(tokenizer, [text for text, _ in known], end, max_tokens)
     return EncodedBatch(
         [np.array(ids, dtype) for ids, _ in encoded],
         text_bytes,
-        cut=sum(cut for _, cut in encoded),
-        labels=[labels.index(label_of(document)) for document in known],
-        unknown=len(batch) - len(known),
+        labels=[labels.index(label) for _, label in known],
+        counts={"cut": sum(cut for _, cut in encoded), "unknown": len(batch) - len(known)},
     )
 
 
@@ -256,21 +256,11 @@ class _ShardWriter:
         self._tokens = 0
         self._loss: BinaryIO | None = None
         self._labels: list[int] = []
-        self._counts: dict[str, int] = {}
-        """Of conversations tokens that count, documents cut and left out; of texts with labels the latter two."""
+        self._counts: Counter[str] = Counter()
 
     def write(self, batch: EncodedBatch) -> None:
         self._text_bytes += batch.text_bytes
-        if batch.loss is not None:
-            counts = {
-                "loss_tokens": sum(int(loss.sum()) for loss in batch.loss),
-                "cut": batch.cut,
-                "unanswered": batch.unanswered,
-            }
-            self._counts = {name: self._counts.get(name, 0) + count for name, count in counts.items()}
-        if batch.labels is not None:
-            counts = {"cut": batch.cut, "unknown": batch.unknown}
-            self._counts = {name: self._counts.get(name, 0) + count for name, count in counts.items()}
+        self._counts.update(batch.counts)
         masks, labels = batch.loss or repeat(None), batch.labels or repeat(None)
         for ids, mask, label in zip(batch.documents, masks, labels, strict=False):
             if self._file is None:

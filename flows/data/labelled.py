@@ -39,14 +39,20 @@ def _with_label(text: str, label: Any, config: CorpusConfig) -> str | Dropped:
     return json.dumps({"text": text, "label": str(label)}, ensure_ascii=False)
 
 
+def text_and_label(labelled: str) -> tuple[str, str]:
+    """The text, and its label's name."""
+    document = json.loads(labelled)
+    return str(document["text"]), str(document["label"])
+
+
 def text_of(labelled: str) -> str:
     """The text."""
-    return str(json.loads(labelled)["text"])
+    return text_and_label(labelled)[0]
 
 
 def label_of(labelled: str) -> str:
     """The label's name."""
-    return str(json.loads(labelled)["label"])
+    return text_and_label(labelled)[1]
 
 
 def encode_to_classify(

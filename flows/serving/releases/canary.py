@@ -23,7 +23,7 @@ from flows.config.canary import CanaryConfig
 from flows.export.runtime import Program
 from flows.serving.client import Client, Transport
 from flows.serving.installation import ServerError
-from flows.serving.proof.recorded_samples import RECORDED, scores_drift
+from flows.serving.proof.recorded_samples import LONGEST_SAMPLE_TOKENS, RECORDED, scores_drift
 from flows.serving.releases.promotion import abort
 from flows.serving.releases.served_view import Pool
 from flows.serving.releases.state import ReleaseError
@@ -33,7 +33,6 @@ from flows.serving.server import InferenceServer
 logger = logging.getLogger(__name__)
 
 WHO = "flows.serve"
-LONGEST_SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
